@@ -1,0 +1,373 @@
+"""Train a diffusion language model on a synthetic task or on a text file, or evaluate one (train=0).
+
+    STRUCT_TASK=1 DW_JRT=1 python train.py
+    DATA_PATH=input.txt python train.py
+    torchrun --nproc_per_node=2 train.py --data_path=input.txt
+"""
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import diffusion
+import model as nets
+import tasks
+import wkv_cuda
+from configurator import configure, one_line_errors
+
+# ---- settings: each is a key, KEY=value in the environment or --key=value ----
+out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
+init_from = "scratch"       # scratch | resume (go on from out_dir/ckpt.pt) | path of a checkpoint or official RWKV-7 .pth
+train = True                # 0 = only evaluate (weights_path, else init_from, else out_dir/ckpt.pt)
+weights_path = ""           # also write the final checkpoint here; with train=0, evaluate this one
+data_path = ""              # a UTF-8 text file to learn, unless a task is set
+tokenizer = "byte"          # how text becomes tokens
+random_seed = 1337          # initialisation, batches and noise
+# the objective
+objective = ""              # what is masked and how it is weighted; empty = task for a task, masked_mean for text
+schedule = "linear"         # masking rate m(t)
+# sizes
+seq_len = 128               # T, tokens in a row
+batch_size = 64             # rows in the global batch of one optimizer step
+device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
+max_iters = 1000            # optimizer steps
+# optimizer
+optimizer = "muon"          # muon: Muon for the matrices, Adam for the rest; adamw: RWKV-LM's rules
+muon_lr = 0.02              # muon: the blocks' matrices
+adam_lr = 0.0026            # muon: vectors and low-rank paths
+ln_lr = 0.009               # muon: norms
+wte_lr = 0.3                # muon: token embedding
+head_lr = 0.002             # muon: output head
+lambda_lr = 0.02            # muon: DW-JRT gates
+learning_rate = 6e-4        # adamw: all (w0 twice that)
+weight_decay = 0.001        # adamw: the big matrices
+warmup_iters = 0            # steps of linear warm-up
+warmdown_iters = 200        # last steps, over which the rate falls linearly to 0
+grad_clip = 0.0             # largest gradient norm; 0 = no clipping
+dtype = "fp32"              # fp32 | bf16: matrix products (parameters and recurrence stay fp32)
+# evaluation and logging
+eval_interval = 200         # steps between evaluations and checkpoints
+eval_iters = 20             # batches of held-out text an evaluation takes
+struct_eval_fixed = True    # tasks: always the same evaluation rows; 0 = fresh ones each time
+struct_eval_seed = 1234     # tasks: their seed
+struct_eval_n = 200         # tasks: how many
+log_interval = 10           # steps between lines of log.jsonl
+log_sample = True           # print a sample (IN / GT / PR) with each evaluation
+log_win = 80                # characters of that sample
+log_output = False          # at the end, continue prompt_len tokens of an evaluation row by gen_tokens
+gen_tokens = 200            # ... tokens to generate
+prompt_len = 16             # ... tokens given
+mem_check = False           # at the end, mask everything after prompt_len of one row and print what comes back
+# machine
+device = "auto"             # auto | cpu | cuda | cuda:1 | mps
+wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
+threads = 0                 # CPU threads; 0 = torch's choice
+
+
+def muon_rows(model):
+    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate for each kind of parameter."""
+    rates = dict(emb=wte_lr, head=head_lr, norm=ln_lr, scalar=lambda_lr, vector=adam_lr)
+    groups = {}
+    for _, p, kind, scale, _ in nets.parameter_kinds(model):
+        groups.setdefault((kind, scale), []).append(p)
+    matrices = groups.pop(("matrix", 1.0))
+    adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
+    return [torch.optim.Adam(adam, betas=(0.9, 0.95)),
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="original")]
+
+
+def adamw_rows(model):
+    """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
+    groups = {}
+    for _, p, _, scale, decayed in nets.parameter_kinds(model):
+        groups.setdefault((scale, decayed), []).append(p)
+    return [torch.optim.AdamW([dict(params=ps, lr=learning_rate * scale, weight_decay=weight_decay * decayed)
+                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18)]
+
+
+OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
+
+
+def defaults_for(cfg):
+    """Defaults that depend on other settings: a task's small published sizes, so that the main job takes about a minute; and
+    where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
+    if path := (cfg.init_from == "resume" or not cfg.train) and start_path(cfg):
+        for key, value in nets.load_checkpoint(path).get("config", {}).items():
+            if key in cfg.sources and key not in KEEP and getattr(cfg, key) != value:
+                cfg.default(key, value, why=path)
+    if task := tasks.chosen(cfg.as_dict()):
+        for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
+            cfg.default(key, value, why=f"{task}_task")
+
+
+KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "threads", "wkv_impl", "log_output", "mem_check")
+
+
+def start_path(cfg):
+    """The checkpoint that a run starts from, "" for a fresh start."""
+    own = os.path.join(cfg.out_dir, "ckpt.pt")
+    if not cfg.train:
+        return cfg.weights_path or {"scratch": own, "resume": own}.get(cfg.init_from, cfg.init_from)
+    return {"scratch": "", "resume": own}.get(cfg.init_from, cfg.init_from)
+
+
+def lr_factor(step):
+    """Linear warm-up, flat, linear warm-down that would reach 0 one step after the last."""
+    return min(1.0, (step + 1) / max(1, warmup_iters), (max_iters - step) / max(1, warmdown_iters))
+
+
+def open_source(cfg, saved):
+    """The data: the chosen task, or data_path with the tokenizer of the checkpoint `saved`, if it has one."""
+    old = saved.get("tokenizer")
+    if task := tasks.chosen(cfg.as_dict()):
+        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len)
+    elif data_path:
+        source = data.TextSource(data_path, seq_len, data.Tokenizer(**old) if old else tokenizer)
+    else:
+        raise ValueError("nothing to learn: set a task (STRUCT_TASK=1) or a text file (DATA_PATH=input.txt)")
+    if old and old != source.tokenizer.state():
+        raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
+                         f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
+    return source
+
+
+def build_model(cfg, source, path):
+    """The network, from scratch or with the weights of a checkpoint; its shape must be what the user asked for."""
+    V = source.tokenizer.vocab_size
+    if cfg.vocab_size and cfg.vocab_size < V:
+        raise ValueError(f"vocab_size={cfg.vocab_size} is too small: the data has {V} tokens; leave it at 0")
+    asked = cfg.pick(nets.ModelConfig, vocab_size=cfg.vocab_size or V)
+    if not path:
+        torch.manual_seed(random_seed)
+        return nets.Denoiser(asked)
+    given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if cfg.given(k)}
+    model = nets.from_pretrained(path, **given)
+    if model.cfg.vocab_size < V:
+        raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer it was trained with")
+    return model
+
+
+@torch.no_grad()
+def evaluate(denoise, source, mask_id, device, step):
+    """-> ({"val_loss": ..., and acc and exact for a task, or bits_per_char with its standard error}, sample to print)."""
+    if isinstance(source, data.TaskSource):
+        seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
+        x, masked = source.eval_rows(struct_eval_n, seed)
+        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device)).cpu()
+                            for a, m in zip(x.split(batch_size), masked.split(batch_size))])
+        loss = torch.nn.functional.cross_entropy(logits[masked], x[masked]).item()
+        pred = torch.where(masked, logits.argmax(-1), x)
+        score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
+        return {"val_loss": loss, **{f"{source.name}_{k}": v for k, v in score.items()}}, (x[0], masked[0], pred[0])
+    x, _ = source.eval_rows(eval_iters * batch_size)
+    g = data.generator(struct_eval_seed, 0, 2)
+    nats = torch.cat([diffusion.exact_count_bound(denoise, a.to(device), mask_id, g).cpu() for a in x.split(batch_size)])
+    to_bits = 1 / (math.log(2) * source.chars_per_token)
+    masked = torch.rand(x[0].shape, generator=g) < 0.3
+    pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device))[0].argmax(-1).cpu(), x[0])
+    return {"val_loss": nats.mean().item(), "bits_per_char": nats.mean().item() * to_bits,
+            "bits_per_char_se": nats.std().item() / len(nats) ** 0.5 * to_bits, "windows": len(nats)}, (x[0], masked, pred)
+
+
+def show_sample(source, target, masked, pred):
+    """IN, GT and PR of one row around its mask, ^ under what is wrong."""
+    where = masked.nonzero().flatten()
+    start = max(0, min(int(where[0]) - log_win // 4, len(target) - log_win))
+    text = lambda ids: [source.tokenizer.decode([i]).replace("\n", "⏎") for i in ids[start:start + log_win]]
+    mask_id, wrong = source.tokenizer.vocab_size, (pred != target)[start:start + log_win]
+    rows = {"IN": text(target.masked_fill(masked, mask_id)), "GT": text(target), "PR": text(pred)}
+    marks = "".join(" ^"[int(w)] for w in wrong).rstrip()
+    return "\n".join(f"  {k} {''.join(v)}" for k, v in rows.items()) + (f"\n     {marks}" if marks else "")
+
+
+def log_header(cfg, model, device):
+    """The first line of log.jsonl: all that is needed to repeat the run."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                         cwd=os.path.dirname(os.path.abspath(__file__)))
+    return {"event": "start", "parameters": sum(p.numel() for p in model.parameters()), "git": git.stdout.strip() or "none",
+            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
+            "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def move_aside(path, tell):
+    """Starting afresh never overwrites a finished run: its checkpoint becomes ckpt.pt.1, ckpt.pt.2, ..."""
+    if os.path.exists(path):
+        n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
+        os.replace(path, f"{path}.{n}")
+        tell(f"moved the checkpoint of an earlier run to {path}.{n} (--init_from=resume would have gone on from it)")
+
+
+def finish(source, model, denoise, device, tell):
+    """What mem_check and log_output ask for: one row recalled from its first prompt_len tokens; a continuation."""
+    x = source.eval_rows(1, struct_eval_seed)[0]
+    if mem_check:
+        known = torch.arange(x.shape[1]) < prompt_len
+        pred = torch.where(known, x, denoise(diffusion.mask_tokens(x, ~known, model.mask_id).to(device)).argmax(-1).cpu())
+        tell(f"MEM acc: {(pred == x)[:, prompt_len:].float().mean():.4f}")
+        tell(f"GT:\n{source.tokenizer.decode(x[0])}\nPR:\n{source.tokenizer.decode(pred[0])}")
+    if log_output:
+        y = diffusion.extend(denoise, x[:, :prompt_len].to(device), gen_tokens, seq_len, model.mask_id,
+                             data.generator(random_seed, 0, 3), temperature=0.8, top_k=2)
+        tell(f"Output:\n{source.tokenizer.decode(y[0])}")
+
+
+def main(cfg):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dev = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    lead = rank == 0
+    tell = (lambda *a: tqdm.write(" ".join(map(str, a)))) if lead else (lambda *a: None)
+    if threads:
+        torch.set_num_threads(threads)
+    nets.tune_cpu()
+
+    # what the settings must satisfy before anything is built or overwritten
+    rows = batch_size // world
+    micro = device_bsz or rows
+    if batch_size % world or rows % micro:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
+                         f"choose batch_size={max(1, round(batch_size / (micro * world))) * micro * world}")
+    for key in ("seq_len", "batch_size", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
+    path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
+    saved = nets.load_checkpoint(path) if path else {}
+    source = open_source(cfg, saved)
+    model = build_model(cfg, source, path).to(dev)
+    os.makedirs(out_dir, exist_ok=True)
+    if not os.access(out_dir, os.W_OK):
+        raise ValueError(f"out_dir={out_dir} cannot be written: choose another with --out_dir")
+    if train and init_from != "resume" and lead:
+        move_aside(own, tell)
+
+    if world > 1:
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    ddp = DistributedDataParallel(model) if world > 1 else model
+
+    def denoise(x):
+        with autocast(dev):
+            return model(x).logits
+    objective_row = diffusion.OBJECTIVES[objective or source.objective]
+    optimizers = OPTIMIZERS[optimizer](model)
+    groups = [g for o in optimizers for g in o.param_groups]
+    covered = [id(p) for g in groups for p in g["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "the optimizers must cover each parameter once"
+    for g in groups:
+        g["peak_lr"] = g["lr"]
+    start = 0
+    if train and init_from == "resume":
+        start = saved["step"]
+        for o, state in zip(optimizers, saved["optimizers"]):
+            o.load_state_dict(state)
+
+    header = log_header(cfg, model, dev)
+    tell(f"{source.name}: {header['parameters']:,} parameters, {header['kernel']} kernel on {dev}, {header['threads']} threads, "
+         + (f"going on from {path} at step {start}" if start else f"weights of {path}" if path else "from scratch"))
+    log = open(os.path.join(out_dir, "log.jsonl"), "a" if start else "w") if lead else None
+    record = lambda **row: lead and (log.write(json.dumps(row) + "\n"), log.flush())
+    record(**header)
+    if lead:
+        with open(os.path.join(out_dir, "config.json"), "w") as f:
+            json.dump(cfg.as_dict(), f, indent=2)
+
+    def report(step):
+        """Evaluate, print, log -> the metrics."""
+        metrics, sample = evaluate(denoise, source, model.mask_id, dev, step)
+        record(event="eval", step=step, **metrics)
+        tell(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        if log_sample:
+            tell(show_sample(source, *sample))
+        return metrics
+
+    def checkpoint(step):
+        if lead:
+            nets.save_checkpoint(own, dict(model=model.state_dict(), model_config=dataclasses.asdict(model.cfg), step=step,
+                                           optimizers=[o.state_dict() for o in optimizers], config=cfg.as_dict(),
+                                           tokenizer=source.tokenizer.state()))
+
+    if not train:
+        report(saved.get("step", 0))
+        return finish(source, model, denoise, dev, tell)
+
+    batches = data.make_batches(source, objective_row, schedule, diffusion.stratified, batch_size, micro, random_seed,
+                                start, rank, world)
+    bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
+    saved_at, clock, since = start if start else None, time.perf_counter(), start
+    for step in bar:
+        # 1. learning rates
+        for g in groups:
+            g["lr"] = g["peak_lr"] * lr_factor(step)
+        # 2. evaluation and checkpoint, with the training clock stopped
+        if step % eval_interval == 0 and step > start or step == 0:
+            paused = time.perf_counter()
+            report(step)
+            checkpoint(step)
+            saved_at, clock = step, clock + time.perf_counter() - paused
+        # 3. gradients: micro-batches add up to the mean over the global batch
+        parts, total = next(batches)
+        total = total.to(dev)
+        if world > 1:
+            dist.all_reduce(total)
+        loss = torch.zeros((), device=dev)
+        for i, part in enumerate(parts):
+            x, masked, weight = (z.to(dev, non_blocking=True) for z in part)
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+                with autocast(dev):
+                    term = diffusion.denoising_loss(lambda z: ddp(z).logits, x, masked, weight, model.mask_id) / total
+                (term * world).backward()      # times world, because DDP takes the mean over processes
+            loss += term.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}: " + (
+                f"the last good checkpoint is {own} (step {saved_at}); " if saved_at is not None else "") +
+                "go on from there with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1")
+        # 4. clipping
+        logged = (step + 1) % log_interval == 0 or step == start
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf) if grad_clip or logged else None
+        # 5. the step
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        # 6. log
+        if logged:
+            ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
+            clock, since = time.perf_counter(), step + 1
+            record(event="train", step=step, loss=loss.item(), lr=groups[-1]["lr"], grad_norm=norm.item(), ms_per_step=ms,
+                   tokens_per_s=batch_size * seq_len / ms * 1e3)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {ms:.0f} ms/step", refresh=False)
+    bar.close()
+    report(max_iters)
+    checkpoint(max_iters)
+    if weights_path and lead:
+        shutil.copyfile(own, weights_path)
+    tell(f"checkpoint {own}" + (f", copied to {weights_path}" if weights_path else "")
+         + f"; try: python sample.py --ckpt={weights_path or own}")
+    finish(source, model, denoise, dev, tell)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
+                       choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES,
+                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["fp32", "bf16"], wkv_impl=["auto", *wkv_cuda.IMPLS])))
