@@ -39,6 +39,10 @@ class Tokenizer:
             return b"".join(bytes([i]) if i < 256 else b"_" for i in ids).decode(errors="replace")
         return "".join(self.alphabet[i] if i < self.vocab_size else "_" for i in ids)
 
+    def characters(self, ids):
+        """Ids -> one printable character each (line ends as ⏎)."""
+        return [self.decode([i]).replace("\n", "⏎") for i in ids]
+
     def state(self):
         """What a checkpoint keeps of it: Tokenizer(**state) is the same one."""
         return {"kind": self.kind, "alphabet": self.alphabet}
@@ -70,21 +74,25 @@ class TextSource:
         self.chars_per_token = len(text) / len(ids)
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool."""
+        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, no lengths: all are full."""
         start = torch.randint(len(self.train) - self.T + 1, (B,), generator=generator(seed, step, 1))[lo:hi]
         return self.windows(self.train, start)
 
     def eval_rows(self, n, seed=None):
-        """n windows spread evenly over the held-out part."""
+        """n windows spread evenly over the held-out part: always the same."""
         return self.windows(self.val, torch.linspace(0, len(self.val) - self.T, n).long())
 
     def windows(self, ids, start):
         x = ids[start[:, None] + torch.arange(self.T)].long()
-        return x, torch.ones_like(x, dtype=torch.bool)
+        return x, torch.ones_like(x, dtype=torch.bool), None
 
 
 class TaskSource:
-    """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, as tasks.params gives them."""
+    """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, as tasks.params gives them.
+
+    Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it over; columns
+    that are padding in every row are cut off, since they can change nothing.
+    """
     objective = "task"
 
     def __init__(self, name, params, T):
@@ -93,7 +101,7 @@ class TaskSource:
         self.tokenizer = Tokenizer("char", tasks.alphabet(name, params))
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool."""
+        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, lengths (hi-lo,)."""
         return self.draw([random.Random((seed << 64) + step * B + i) for i in range(lo, hi)], "train")
 
     def eval_rows(self, n, seed):
@@ -101,8 +109,11 @@ class TaskSource:
         return self.draw([random.Random(seed)] * n, "eval")
 
     def draw(self, rngs, split):
-        ids, answer = tasks.sample_batch(self.name, self.params, self.T, rngs, split)
-        return torch.from_numpy(ids), torch.from_numpy(answer)
+        ids, answer = map(torch.from_numpy, tasks.sample_batch(self.name, self.params, self.T, rngs, split))
+        real = ids != self.tokenizer.ids["#"]                       # no row ends in a # of its own
+        lengths = (real * torch.arange(1, self.T + 1)).max(1).values
+        longest = int(lengths.max())
+        return ids[:, :longest], answer[:, :longest], lengths
 
 
 def generator(seed, step, stream):
@@ -112,16 +123,27 @@ def generator(seed, step, stream):
 
 
 def make_batches(source, objective, schedule, stratified, B, device_bsz, seed, start=0, rank=0, world=1):
-    """Endless: for each step from `start`, this process's micro-batches as a list of (x, masked, weight) and the denominator
-    its losses are divided by. Noise is drawn for the whole global batch of B rows, of which rank takes its share.
+    """Endless: for each step from `start`, this process's micro-batches, a list of (x, masked, weight, lengths), and the
+    denominator of its loss. Noise is drawn for the whole global batch of B rows, of which rank takes its share.
 
-    objective: a row of diffusion.OBJECTIVES; stratified: diffusion.stratified.
+    objective: a row of diffusion.OBJECTIVES; stratified: diffusion.stratified. lengths is None where all rows are full.
     """
     lo, hi = rank * B // world, (rank + 1) * B // world
     for step in itertools.count(start):
-        x, maskable = source.train_rows(step, B, lo, hi, seed)
+        x, maskable, lengths = source.train_rows(step, B, lo, hi, seed)
         g = generator(seed, step, 0)
-        t, noise = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi]
+        t, noise = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi, :x.shape[1]]
         masked, weight, denominator = objective(maskable, t, noise, schedule)
         weight = torch.as_tensor(weight).expand(masked.shape)
-        yield list(zip(*(z.split(device_bsz) for z in (x, masked, weight)))), denominator
+        parts = [z.split(device_bsz) for z in (x, masked, weight)]
+        yield list(zip(*parts, itertools.repeat(None) if lengths is None else lengths.split(device_bsz))), denominator
+
+
+def side_by_side(tokenizer, target, masked, pred, width=10**6):
+    """IN, GT and PR of one row, `width` characters around its mask, and ^ under what is wrong. All (T,)."""
+    first = int(masked.nonzero()[0]) if masked.any() else 0
+    start = max(0, min(first - width // 4, len(target) - width))
+    line = lambda ids: "".join(tokenizer.characters(ids[start:start + width]))
+    marks = "".join(" ^"[int(w)] for w in (pred != target)[start:start + width]).rstrip()
+    hidden = target.masked_fill(masked, tokenizer.vocab_size)
+    return "\n".join([f"  IN {line(hidden)}", f"  GT {line(target)}", f"  PR {line(pred)}"] + [f"     {marks}"] * bool(marks))

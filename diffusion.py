@@ -121,7 +121,7 @@ def confidence(denoise, x, known, mask_id, generator, steps=0, threshold=0.95, t
     while masked.any():
         token, sure = draw(denoise(x), temperature, top_k, generator)
         sure = sure.masked_fill(~masked, -1)
-        rank = sure.argsort(1, descending=True, stable=True).argsort(1)
+        rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
         fresh = masked & ((sure >= threshold) | (rank < share[:, None]))
         x, masked = torch.where(fresh, token, x), masked & ~fresh
         if watch:

@@ -165,14 +165,14 @@ def evaluate(denoise, source, mask_id, device, step):
     """-> ({"val_loss": ..., and acc and exact for a task, or bits_per_char with its standard error}, sample to print)."""
     if isinstance(source, data.TaskSource):
         seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
-        x, masked = source.eval_rows(struct_eval_n, seed)
-        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device)).cpu()
-                            for a, m in zip(x.split(batch_size), masked.split(batch_size))])
+        x, masked, lengths = source.eval_rows(struct_eval_n, seed)
+        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), n.to(device)).cpu()
+                            for a, m, n in zip(*(z.split(batch_size) for z in (x, masked, lengths)))])
         loss = torch.nn.functional.cross_entropy(logits[masked], x[masked]).item()
         pred = torch.where(masked, logits.argmax(-1), x)
         score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
         return {"val_loss": loss, **{f"{source.name}_{k}": v for k, v in score.items()}}, (x[0], masked[0], pred[0])
-    x, _ = source.eval_rows(eval_iters * batch_size)
+    x, _, _ = source.eval_rows(eval_iters * batch_size)
     g = data.generator(struct_eval_seed, 0, 2)
     nats = torch.cat([diffusion.exact_count_bound(denoise, a.to(device), mask_id, g).cpu() for a in x.split(batch_size)])
     to_bits = 1 / (math.log(2) * source.chars_per_token)
@@ -180,17 +180,6 @@ def evaluate(denoise, source, mask_id, device, step):
     pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device))[0].argmax(-1).cpu(), x[0])
     return {"val_loss": nats.mean().item(), "bits_per_char": nats.mean().item() * to_bits,
             "bits_per_char_se": nats.std().item() / len(nats) ** 0.5 * to_bits, "windows": len(nats)}, (x[0], masked, pred)
-
-
-def show_sample(source, target, masked, pred):
-    """IN, GT and PR of one row around its mask, ^ under what is wrong."""
-    where = masked.nonzero().flatten()
-    start = max(0, min(int(where[0]) - log_win // 4, len(target) - log_win))
-    text = lambda ids: [source.tokenizer.decode([i]).replace("\n", "⏎") for i in ids[start:start + log_win]]
-    mask_id, wrong = source.tokenizer.vocab_size, (pred != target)[start:start + log_win]
-    rows = {"IN": text(target.masked_fill(masked, mask_id)), "GT": text(target), "PR": text(pred)}
-    marks = "".join(" ^"[int(w)] for w in wrong).rstrip()
-    return "\n".join(f"  {k} {''.join(v)}" for k, v in rows.items()) + (f"\n     {marks}" if marks else "")
 
 
 def log_header(cfg, model, device):
@@ -261,9 +250,9 @@ def main(cfg):
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     ddp = DistributedDataParallel(model) if world > 1 else model
 
-    def denoise(x):
+    def denoise(x, lengths=None):
         with autocast(dev):
-            return model(x).logits
+            return model(x, lengths=lengths).logits
     objective_row = diffusion.OBJECTIVES[objective or source.objective]
     optimizers = OPTIMIZERS[optimizer](model)
     groups = [g for o in optimizers for g in o.param_groups]
@@ -293,7 +282,7 @@ def main(cfg):
         record(event="eval", step=step, **metrics)
         tell(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         if log_sample:
-            tell(show_sample(source, *sample))
+            tell(data.side_by_side(source.tokenizer, *sample, log_win))
         return metrics
 
     def checkpoint(step):
@@ -327,11 +316,11 @@ def main(cfg):
             dist.all_reduce(total)
         loss = torch.zeros((), device=dev)
         for i, part in enumerate(parts):
-            x, masked, weight = (z.to(dev, non_blocking=True) for z in part)
+            x, masked, weight, lengths = (z if z is None else z.to(dev, non_blocking=True) for z in part)
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
                 with autocast(dev):
-                    term = diffusion.denoising_loss(lambda z: ddp(z).logits, x, masked, weight, model.mask_id) / total
+                    term = diffusion.denoising_loss(lambda z: ddp(z, lengths=lengths).logits, x, masked, weight, model.mask_id) / total
                 (term * world).backward()      # times world, because DDP takes the mean over processes
             loss += term.detach()
         if world > 1:

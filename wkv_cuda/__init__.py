@@ -70,8 +70,8 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
     """
     B, T, H, N = r.shape
     strongest = -float(w.detach().min()) if w.numel() else 0.0
-    L = CHUNK
-    while L > 1 and L * strongest > (80 if r.dtype == torch.float32 else 700):
+    L, limit = CHUNK, 80 if r.dtype == torch.float32 else 700        # exp(limit) still fits the dtype
+    while L > 1 and L * strongest > limit:
         L //= 2
     n = min(every or T, T) or 1            # one segment a returned state; each is padded to whole chunks by identity steps
     pad, tail = -n % L, -T % n
@@ -84,7 +84,7 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
     W = w.cumsum(-2)                       # decay from the chunk's start to after token t
     before, end = W - w, W[..., -1:, :]    # ... to before token t; ... to the end
     mid = W[..., (L - 1) // 2, None, :]
-    to_a, to_r, inv = (before - mid).exp() * a, (W - mid).exp() * r, (mid - W).exp()
+    to_a, to_r, inv = (before - mid).clamp_max(limit).exp() * a, (W - mid).exp() * r, (mid - W).exp()
     kb = torch.cat([inv * b, inv * k], -2).mT
     ab, ak = (m.tril(-1) for m in (to_a @ kb).split(L, -1))
     rb, rk = (m.tril() for m in (to_r @ kb).split(L, -1))

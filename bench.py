@@ -1,0 +1,161 @@
+"""Measure: speed of the recurrence and of a training step, quality on the synthetic tasks. Tables on the screen and in bench/.
+
+    python bench.py --suite=wkv         the recurrence: token loop, plain torch, C++ kernel; cold build of the kernel
+    python bench.py --suite=step        a training step of the main job, against the token loop
+    python bench.py --suite=published   the published command lines, DW_JRT=0 and 1, beside the published figures
+    python bench.py --suite=tasks       the published tasks with this repository's defaults, several seeds
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+import model as nets
+import wkv_cuda
+from configurator import configure, one_line_errors
+
+# ---- settings ----
+suite = "step"              # which table
+seeds = 3                   # runs of each row where quality is measured
+rounds = 3                  # how often speed is measured, in turn; the median is shown
+out = "bench"               # folder of the tables as JSON
+threads = 0                 # CPU threads; 0 = torch's choice
+
+
+def train(*options, env=None, folder):
+    """Run train.py and return its log: a list of dicts. RuntimeError with its last lines if it fails."""
+    command = [sys.executable, "train.py", f"--out_dir={folder}", f"--threads={threads}", "--log_sample=0", *options]
+    done = subprocess.run(command, env=os.environ | {"WKV_IMPL": "auto"} | (env or {}), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-400:]}")
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def spread(values):
+    """Mean and standard deviation as text."""
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def table(title, head, rows):
+    """Print aligned columns."""
+    cells = [head] + [[str(c) for c in row] for row in rows]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    print(f"\n{title}")
+    for row in cells:
+        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))), flush=True)
+
+
+def suite_wkv():
+    """The recurrence at (B,T,H,N) = (8,512,4,64), float32, and what a first use costs."""
+    B, T, H, N = 8, 512, 4, 64
+    g = torch.Generator().manual_seed(0)
+    r, k, v = (torch.randn(B, T, H, N, generator=g) * 0.3 for _ in range(3))
+    w = -0.6 * torch.rand(B, T, H, N, generator=g)
+    kk = torch.nn.functional.normalize(torch.randn(B, T, H, N, generator=g), dim=-1)
+    inputs = [x.requires_grad_() for x in (r, w, k, v, -kk, kk * torch.rand(B, T, H, N, generator=g))]
+    seen = {impl: ([], []) for impl in ("loop", "torch", "cpp")}
+    for i in range(rounds + 1):                      # in turn, so that a slow spell of the machine hits all; the first warms up
+        for impl, (forward, both) in seen.items():
+            for _ in range(1 if impl == "loop" else 5):
+                start = time.perf_counter()
+                y, _ = wkv_cuda.IMPLS[impl](*inputs)
+                middle = time.perf_counter()
+                y.backward(torch.ones_like(y))
+                if i:
+                    forward.append(middle - start)
+                    both.append(time.perf_counter() - start)
+    ms = {impl: [statistics.median(times) * 1e3 for times in pair] for impl, pair in seen.items()}
+    table(f"wkv7 at (B,T,H,N) = ({B},{T},{H},{N}), {torch.get_num_threads()} threads, ms",
+          ["back end", "forward", "forward+backward", "faster than the loop"],
+          [[impl, f"{f:.1f}", f"{fb:.1f}", f"{ms['loop'][1] / fb:.1f}x"] for impl, (f, fb) in ms.items()])
+    with tempfile.TemporaryDirectory() as folder:
+        code = ("import time, torch, wkv_cuda, torch.utils.cpp_extension\nt = time.time(); assert not wkv_cuda.build('cpp')\n"
+                "print(time.time() - t)")
+        run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCH_EXTENSIONS_DIR": folder}, text=True,
+                             capture_output=True, check=True)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, check=True)
+        helped = time.perf_counter() - start
+    print(f"  cold build of the kernel {float(run.stdout):.1f} s; python train.py --help {helped:.1f} s")
+    return {"ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
+
+
+def suite_step():
+    """A training step of the main job (L=2, C=128, N=32, T=64, 32 rows), by back end and micro-batch."""
+    kinds = {"loop, 4 x 8": ("loop", 8), "torch, 4 x 8": ("torch", 8), "cpp, 4 x 8": ("cpp", 8), "cpp, 1 x 32": ("cpp", 32)}
+    seen = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, (impl, rows) in kinds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                log = train("--struct_task=1", "--dw_jrt=1", f"--device_bsz={rows}", "--max_iters=" + ("40" if impl == "loop" else "120"),
+                            "--eval_interval=1000", env={"WKV_IMPL": impl}, folder=folder)
+            seen[kind] += [row["ms_per_step"] for row in log if row["event"] == "train"][3:]
+    ms = {kind: statistics.median(times) for kind, times in seen.items()}
+    table("training step of STRUCT_TASK=1 DW_JRT=1 python train.py, ms", ["back end, micro-batches", "ms a step", "faster than the loop"],
+          [[kind, f"{t:.1f}", f"{ms['loop, 4 x 8'] / t:.1f}x"] for kind, t in ms.items()])
+    return {"ms": ms}
+
+
+PUBLISHED = {200: (0.5181, 0.6191), 400: (0.3281, 0.6531), 600: (0.5494, 0.7262), 800: (0.5525, 0.8153), 999: (0.5444, 0.9244)}
+
+
+def suite_published():
+    """The published command lines of `struct` with only the script's name changed, one seed, accuracy by step."""
+    found = {}
+    for jrt in (0, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            env = dict(STRUCT_TASK="1", STRUCT_EVAL="1", STRUCT_LEN="8", TRAIN="1", GEN_TOKENS="1", SEQ_LEN="64", N_LAYER="2", N_EMBD="128",
+                       HEAD_SIZE="32", BATCH_SIZE="32", DEVICE_BSZ="8", MAX_ITERS="1000", EVAL_INTERVAL="200", EVAL_ITERS="20",
+                       WARMDOWN_ITERS="200", DW_JRT=str(jrt), DW_JRT_SCALE="20", WEIGHTS_PATH=os.path.join(folder, "struct.pt"))
+            found[jrt] = {row["step"]: row["struct_acc"] for row in train(env=env, folder=folder) if row["event"] == "eval"}
+    last = lambda step: 1000 if step == 999 else step
+    rows = [[step, old[0], f"{found[0][last(step)]:.4f}", old[1], f"{found[1][last(step)]:.4f}"] for step, old in PUBLISHED.items()]
+    table("struct acc, published command lines", ["step", "DW_JRT=0 published", "here", "DW_JRT=1 published", "here"], rows)
+    return {"acc": found}
+
+
+TASK_ROWS = [("struct", 1000, "0.5919 / 0.0000"), ("struct", 200, "0.7450"), ("rightcopy", 200, "0.7181"), ("rightrev", 200, "0.7731"),
+             ("index", 1000, "0.3425"), ("add", 1000, "0.1125")]
+
+
+def suite_tasks():
+    """Accuracy and exact match on the fixed evaluation set after training with the defaults and DW_JRT=1."""
+    rows, found = [], []
+    for task, steps, old in TASK_ROWS:
+        acc, exact = [], []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                last = train(f"--{task}_task=1", "--dw_jrt=1", f"--max_iters={steps}", "--eval_interval=100000",
+                             f"--random_seed={1337 + seed}", folder=folder)[-1]
+            acc.append(last[f"{task}_acc"])
+            exact.append(last[f"{task}_exact"])
+        rows.append([f"{task}, {steps} steps", spread(acc), spread(exact), old])
+        found.append(dict(task=task, steps=steps, acc=acc, exact=exact))
+    table(f"DW_JRT=1, {seeds} seeds, mean ± standard deviation", ["task", "accuracy", "exact", "published"], rows)
+    return {"rows": found}
+
+
+SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks}
+
+
+def main():
+    if threads:
+        torch.set_num_threads(threads)
+    nets.tune_cpu()
+    result = {"suite": suite, "torch": torch.__version__, "threads": torch.get_num_threads(), **SUITES[suite]()}
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, f"{suite}.json"), "w") as f:
+        json.dump(result, f, indent=1)
+    print(f"\nwritten to {os.path.join(out, suite + '.json')}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        configure(globals(), show=False, families=(), choices=dict(suite=SUITES))
+        main()
