@@ -46,7 +46,7 @@ class Settings(SimpleNamespace):
 
     def default(self, key, value, why):
         """For `adjust`: another default for `key`, because of the setting `why`. A value that the user gave stays."""
-        if not self.given(key):
+        if not self.given(key) and getattr(self, key) != value:
             setattr(self, key, value)
             self.sources[key] = f"default with {why}"
 

@@ -5,6 +5,7 @@
     python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one character
     ... --watch=1 shows the denoising step by step
 """
+import os
 import sys
 import time
 
@@ -74,6 +75,7 @@ def fill(model, tokenizer, x, known, lengths=None):
 
 @torch.no_grad()
 def main(cfg):
+    os.environ["WKV_IMPL"] = wkv_impl
     nets.tune_cpu()
     dev = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     saved = nets.load_checkpoint(ckpt)

@@ -46,16 +46,17 @@ device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
 max_iters = 1000            # optimizer steps
 # optimizer
 optimizer = "muon"          # muon: Muon for the matrices, Adam for the rest; adamw: RWKV-LM's rules
-muon_lr = 0.02              # muon: the blocks' matrices
-adam_lr = 0.0026            # muon: vectors and low-rank paths
-ln_lr = 0.009               # muon: norms
-wte_lr = 0.3                # muon: token embedding
-head_lr = 0.002             # muon: output head
-lambda_lr = 0.02            # muon: DW-JRT gates
+muon_lr = 0.025             # muon: the blocks' matrices
+adam_lr = 0.02              # muon: vectors and low-rank paths
+ln_lr = 0.0015              # muon: norms
+wte_lr = 0.07               # muon: token embedding
+head_lr = 0.008             # muon: output head
+lambda_lr = 0.05            # muon: DW-JRT gates
+momentum_iters = 500        # muon: steps over which Muon's momentum rises from 0.85 to 0.95
 learning_rate = 6e-4        # adamw: all (w0 twice that)
 weight_decay = 0.001        # adamw: the big matrices
 warmup_iters = 0            # steps of linear warm-up
-warmdown_iters = 200        # last steps, over which the rate falls linearly to 0
+warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # largest gradient norm; 0 = no clipping
 dtype = "fp32"              # fp32 | bf16: matrix products (parameters and recurrence stay fp32)
 # evaluation and logging
@@ -85,7 +86,7 @@ def muon_rows(model):
         groups.setdefault((kind, scale), []).append(p)
     matrices = groups.pop(("matrix", 1.0))
     adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
-    return [torch.optim.Adam(adam, betas=(0.9, 0.95)),
+    return [torch.optim.Adam(adam, betas=(0.9, 0.98)),
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="original")]
 
 
@@ -106,14 +107,15 @@ def defaults_for(cfg):
     where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
     if path := (cfg.init_from == "resume" or not cfg.train) and start_path(cfg):
         for key, value in nets.load_checkpoint(path).get("config", {}).items():
-            if key in cfg.sources and key not in KEEP and getattr(cfg, key) != value:
+            if key in cfg.sources and key not in _KEEP and getattr(cfg, key) != value:
                 cfg.default(key, value, why=path)
+    cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
     if task := tasks.chosen(cfg.as_dict()):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
 
 
-KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "threads", "wkv_impl", "log_output", "mem_check")
+_KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "threads", "wkv_impl", "log_output", "mem_check")
 
 
 def start_path(cfg):
@@ -223,6 +225,7 @@ def main(cfg):
     dev = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     lead = rank == 0
     tell = (lambda *a: tqdm.write(" ".join(map(str, a)))) if lead else (lambda *a: None)
+    os.environ["WKV_IMPL"] = wkv_impl
     if threads:
         torch.set_num_threads(threads)
     nets.tune_cpu()
@@ -233,7 +236,7 @@ def main(cfg):
     if batch_size % world or rows % micro:
         raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
                          f"choose batch_size={max(1, round(batch_size / (micro * world))) * micro * world}")
-    for key in ("seq_len", "batch_size", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
+    for key in ("seq_len", "batch_size", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
@@ -255,17 +258,15 @@ def main(cfg):
             return model(x, lengths=lengths).logits
     objective_row = diffusion.OBJECTIVES[objective or source.objective]
     optimizers = OPTIMIZERS[optimizer](model)
-    groups = [g for o in optimizers for g in o.param_groups]
-    covered = [id(p) for g in groups for p in g["params"]]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "the optimizers must cover each parameter once"
-    for g in groups:
-        g["peak_lr"] = g["lr"]
+    peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     start = 0
     if train and init_from == "resume":
         start = saved["step"]
-        for o, state in zip(optimizers, saved["optimizers"]):
+        for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
-
+    groups = [g for o in optimizers for g in o.param_groups]
+    covered = sorted(id(p) for g in groups for p in g["params"])
+    assert covered == sorted(map(id, model.parameters())), "the optimizers must cover each parameter once"
     header = log_header(cfg, model, dev)
     tell(f"{source.name}: {header['parameters']:,} parameters, {header['kernel']} kernel on {dev}, {header['threads']} threads, "
          + (f"going on from {path} at step {start}" if start else f"weights of {path}" if path else "from scratch"))
@@ -301,8 +302,10 @@ def main(cfg):
     saved_at, clock, since = start if start else None, time.perf_counter(), start
     for step in bar:
         # 1. learning rates
-        for g in groups:
-            g["lr"] = g["peak_lr"] * lr_factor(step)
+        for g, peak in zip(groups, peaks):
+            g["lr"] = peak * lr_factor(step)
+            if "momentum" in g:                    # Muon's rises from 0.85 to 0.95 over its first steps
+                g["momentum"] = 0.85 + 0.1 * min(1.0, step / momentum_iters)
         # 2. evaluation and checkpoint, with the training clock stopped
         if step % eval_interval == 0 and step > start or step == 0:
             paused = time.perf_counter()
@@ -347,6 +350,7 @@ def main(cfg):
     report(max_iters)
     checkpoint(max_iters)
     if weights_path and lead:
+        os.makedirs(os.path.dirname(weights_path) or ".", exist_ok=True)
         shutil.copyfile(own, weights_path)
     tell(f"checkpoint {own}" + (f", copied to {weights_path}" if weights_path else "")
          + f"; try: python sample.py --ckpt={weights_path or own}")

@@ -44,7 +44,8 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
         raise ValueError(f"wkv7: every={every} is not allowed: give a number of tokens >= 1, or None")
     kind = torch.float64 if r.dtype == torch.float64 else torch.float32
     args = [x if x is None else x.to(kind) for x in (r, w, k, v, a, b, s0, c)]
-    y, s = IMPLS[backend(r.device.type, kind)](*args, every)
+    with torch.autocast(r.device.type, enabled=False):               # the recurrence stays in float32
+        y, s = IMPLS[backend(r.device.type, kind)](*args, every)
     return y.to(r.dtype), s
 
 
@@ -178,7 +179,7 @@ IMPLS = {"cpp": _wkv7_kernel, "cuda": _wkv7_kernel, "torch": wkv7_torch, "loop":
 @torch.compiler.assume_constant_result   # the choice is made once, outside any compiled graph
 def backend(device, kind=torch.float32):
     """The row of IMPLS that serves `device` ("cpu", "cuda", ...). WKV_IMPL forces one; a forced kernel that cannot be built
-    raises RuntimeError with the compiler's last lines, `auto` falls back to plain torch and says so once."""
+    raises ValueError with the compiler's last lines, `auto` falls back to plain torch and says so once."""
     asked = os.environ.get("WKV_IMPL", "auto")
     if asked not in ("auto", *IMPLS):
         raise ValueError(f"WKV_IMPL={asked!r} is unknown: choose one of auto, {', '.join(IMPLS)}")
@@ -191,7 +192,7 @@ def backend(device, kind=torch.float32):
     if not reason:
         return name
     if asked != "auto":
-        raise RuntimeError(f"WKV_IMPL={asked}: {reason}; unset it, or use WKV_IMPL=torch, which needs no compiler")
+        raise ValueError(f"WKV_IMPL={asked}: {reason}; unset it, or use WKV_IMPL=torch, which needs no compiler")
     say(f"wkv: plain torch on {device}, slower than a kernel: {reason}")
     return "torch"
 

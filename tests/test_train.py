@@ -1,0 +1,160 @@
+"""The scripts as a user runs them: training, resuming, evaluating, sampling, and every error."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+TINY = dict(STRUCT_TASK=1, STRUCT_LEN=2, DW_JRT=1, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=6, EVAL_INTERVAL=3, STRUCT_EVAL_N=10,
+            LOG_INTERVAL=1, WKV_IMPL="torch", THREADS=1)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in log_of(folder) if row["event"] == "train"}
+
+
+def ok(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_run_writes_what_it_promises(run, tmp_path):
+    shown = ok(run("train.py", **TINY))
+    assert "dw_jrt = True   (env DW_JRT)" in shown and "n_layer = 2   (default with struct_task)" in shown
+    assert all(mark in shown for mark in ("\n  IN {", "\n  GT {", "\n  PR {", "struct acc"))
+    log, out = log_of(tmp_path / "out"), tmp_path / "out"
+    assert log[0]["event"] == "start" and log[0]["kernel"] == "torch" and log[0]["config"]["n_embd"] == 32
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    assert log[0]["parameters"] == sum(v.numel() for v in saved["model"].values())
+    assert saved["step"] == 6 and saved["config"] == json.load(open(out / "config.json"))
+    assert [row["step"] for row in log if row["event"] == "eval"] == [0, 3, 6]
+    assert all({"struct_acc", "struct_exact", "val_loss"} <= row.keys() for row in log if row["event"] == "eval")
+    assert all({"loss", "lr", "grad_norm", "ms_per_step", "tokens_per_s"} <= row.keys() for row in log if row["event"] == "train")
+    assert not list(out.glob("*.tmp"))
+    # Starting again never overwrites: the old checkpoint is moved aside.
+    assert "moved the checkpoint" in ok(run("train.py", **TINY)) and (out / "ckpt.pt.1").exists()
+    shown = ok(run("sample.py", "--ckpt=out/ckpt.pt", "--num_samples=2"))
+    assert "denoiser calls" in shown and shown.count("  PR {") == 2 and "exact" in shown
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resume_is_bit_exact(run, tmp_path, optimizer):
+    settings = TINY | dict(OPTIMIZER=optimizer, STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6)
+    ok(run("train.py", "--out_dir=whole", **settings))
+    # Killed in step 4, after the checkpoint of step 3: os._exit leaves no time to tidy up.
+    code = ("import os, sys, model; sys.argv = ['train.py', '--out_dir=cut']\n"
+            "save = model.save_checkpoint\n"
+            "def killer(path, content):\n    save(path, content)\n    content['step'] == 3 and os._exit(9)\n"
+            f"model.save_checkpoint = killer\nexec(compile(open({os.path.join(ROOT, 'train.py')!r}).read(), {os.path.join(ROOT, 'train.py')!r}, 'exec'),"
+            f" {{'__name__': '__main__', '__file__': {os.path.join(ROOT, 'train.py')!r}}})")
+    env = os.environ | {k: str(v) for k, v in settings.items()} | {"PYTHONPATH": ROOT}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True).returncode == 9
+    ok(run("train.py", "--out_dir=cut", "--init_from=resume"))       # no other setting: they come from the checkpoint
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert len(whole) == 6 and cut == whole
+    a, b = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and b["step"] == 6
+
+
+def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path):
+    settings = TINY | dict(STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10)
+    ok(run("train.py", "--out_dir=one", **settings))
+    ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
+    env = {k: v for k, v in os.environ.items()} | {k: str(v) for k, v in settings.items()}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
+                           os.path.join(ROOT, "train.py"), "--out_dir=two", "--device_bsz=2"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    ok(done)
+    assert done.stdout.count("step 3:") == 1
+    one = losses(tmp_path / "one")
+    for other in ("parts", "two"):
+        assert losses(tmp_path / other).keys() == one.keys()
+        for step, loss in losses(tmp_path / other).items():
+            assert loss == pytest.approx(one[step], rel=2e-4), (other, step)
+
+
+def test_published_command_line_then_evaluation_of_its_weights(run, tmp_path):
+    published = dict(STRUCT_TASK=1, STRUCT_EVAL=1, STRUCT_LEN=8, TRAIN=1, GEN_TOKENS=1, SEQ_LEN=64, N_LAYER=2, N_EMBD=128, HEAD_SIZE=32,
+                     BATCH_SIZE=32, DEVICE_BSZ=8, MAX_ITERS=4, EVAL_INTERVAL=2, EVAL_ITERS=2, WARMDOWN_ITERS=2, DW_JRT=1, DW_JRT_SCALE=20,
+                     WEIGHTS_PATH="weights/a.pt", PYTHONUNBUFFERED=1)
+    ok(run("train.py", **published))
+    trained = log_of(tmp_path / "out")[-1]
+    shown = ok(run("train.py", **(published | dict(TRAIN=0, STRUCT_EVAL_FIXED=1, STRUCT_EVAL_N=200, STRUCT_EVAL_SEED=1234, OUT_DIR="again"))))
+    assert f"struct acc {trained['struct_acc']:.4f}" in shown
+    assert log_of(tmp_path / "again")[-1]["struct_exact"] == trained["struct_exact"]
+    shown = ok(run("train.py", TRAIN=0, WEIGHTS_PATH="weights/a.pt", OUT_DIR="bare", MEM_CHECK=1, LOG_OUTPUT=1, GEN_TOKENS=9))
+    assert "MEM acc" in shown and "Output:" in shown and f"struct acc {trained['struct_acc']:.4f}" in shown
+
+
+def test_text_end_to_end(run, tmp_path):
+    (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
+    small = dict(DATA_PATH="input.txt", SEQ_LEN=32, N_LAYER=2, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=30, EVAL_INTERVAL=15, EVAL_ITERS=2,
+                 WKV_IMPL="torch", THREADS=1, TOKENIZER="char")
+    ok(run("train.py", **small))
+    evals = [row for row in log_of(tmp_path / "out") if row["event"] == "eval"]
+    assert evals[-1]["bits_per_char"] < 0.8 * evals[0]["bits_per_char"] and evals[-1]["bits_per_char_se"] > 0
+    shown = ok(run("sample.py", "--text=the c__ sat", "--num_samples=2", "--seed=3"))
+    lines = [line for line in shown.splitlines() if line.startswith("the c")]
+    assert len(lines) == 2 and all(len(line) == 11 and line.endswith(" sat") and "_" not in line for line in lines)
+    assert ok(run("sample.py", "--text=the c__ sat", "--num_samples=2", "--seed=3")).split("---")[1:] == shown.split("---")[1:]
+    shown = ok(run("sample.py", "--prompt=a dog", "--length=20", "--num_samples=1", "--watch=1", "--watch_delay=0", "--threshold=2", "--steps=5"))
+    assert "20 tokens in 5 denoiser calls" in shown and sum(line.startswith("  a dog") for line in shown.splitlines()) == 5
+    # Bytes, bf16, going on from weights with another objective.
+    ok(run("train.py", "--out_dir=fine", "--init_from=out/ckpt.pt", "--objective=elbo", "--dtype=bf16", "--max_iters=2", **{k: v for k, v in small.items() if k != "MAX_ITERS"}))
+
+
+@pytest.mark.parametrize("options,env,words", [
+    (["--n_layers=3"], TINY, "did you mean 'n_layer'"),
+    (["--max_iters=many"], TINY, "max_iters = 'many'"),
+    ([], TINY | dict(STRUCT_TSK_TASK=1), "STRUCT_TSK_TASK"),
+    ([], TINY | dict(ADD_TASK=1), "struct_task=1 and add_task=1"),
+    (["--seq_len=20"], TINY | dict(STRUCT_LEN=8), "SEQ_LEN=20"),
+    (["--n_embd=40"], TINY, "n_embd=40 is not a multiple of head_size=16"),
+    (["--head_size=20"], TINY, "head_size=20 is not supported: choose one of 16, 32, 64, 128"),
+    (["--device_bsz=3"], TINY, "batch_size=8 is not a multiple of device_bsz=3"),
+    (["--dw_jrt_inject=gates"], TINY, "did you mean 'gate'"),
+    (["--init_from=nowhere.pt"], TINY, "nowhere.pt does not exist"),
+    (["--init_from=resume"], TINY, "out/ckpt.pt does not exist"),
+    (["--train=0"], TINY, "out/ckpt.pt does not exist"),
+    (["--out_dir=/proc/nowhere"], TINY, "/proc/nowhere"),
+    (["--max_iters=0"], TINY, "max_iters=0"),
+    ([], dict(DATA_PATH="no.txt"), "no.txt: No such file"),
+    ([], {}, "set a task"),
+    ([], TINY | dict(WKV_IMPL="cpp", CXX="no-such-compiler", TORCH_EXTENSIONS_DIR="ext"), "no-such-compiler"),
+    ([], TINY | dict(WKV_IMPL="cpu"), "must be one of auto"),
+    (["--muon_lr=inf"], TINY, "the loss is nan at step"),
+], ids=lambda v: str(v)[:40] if isinstance(v, (list, str)) else "")
+def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, options, env, words):
+    done = run("train.py", *options, **env)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and words in errors[0], done.stderr[-600:]
+    assert "Traceback" not in done.stderr
+
+
+def test_checkpoints_of_another_shape_or_task_or_kind(run, tmp_path):
+    ok(run("train.py", **TINY | dict(MAX_ITERS=1)))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "out/ckpt.pt").read_bytes()[:-2000])
+    (tmp_path / "foreign.pt").write_text("not a checkpoint")
+    for options, words in ((["--init_from=resume", "--n_embd=64"], "n_embd=64 (the checkpoint has 32)"),
+                           (["--init_from=out/ckpt.pt", "--struct_task=0", "--add_task=1"], "vocabulary"),
+                           (["--init_from=cut.pt"], "cut.pt"), (["--init_from=foreign.pt"], "foreign.pt")):
+        done = run("train.py", *options, **{k: v for k, v in TINY.items() if k != "N_EMBD"})
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
+        assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 1   # nothing is lost
+    for options, words in ((["--ckpt=none.pt"], "none.pt does not exist"), (["--text=abc"], "no hole"), (["--prompt=xyz"], "'x' is not in the vocabulary"),
+                           (["--prompt=1", "--text=1_"], "not both"), (["--sampler=best"], "must be one of confidence"), (["--num_samples=0"], "num_samples")):
+        done = run("sample.py", *options)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
+
+
+def test_help_lists_every_key(run):
+    shown = ok(run("train.py", "--help"))
+    for key in ("--dw_jrt_scale", "--struct_len", "--add_mask_len", "--muon_lr", "--kvsort_n_max", "--schedule"):
+        assert key in shown
