@@ -91,7 +91,7 @@ class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, as tasks.params gives them.
 
     Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it over; columns
-    that are padding in every row are cut off, since they can change nothing.
+    that are padding in every row are cut off, since they can change nothing. lengths is None where all rows are then full.
     """
     objective = "task"
 
@@ -101,7 +101,7 @@ class TaskSource:
         self.tokenizer = Tokenizer("char", tasks.alphabet(name, params))
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, lengths (hi-lo,)."""
+        """Rows lo..hi of the global batch of B -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, lengths (hi-lo,) or None."""
         return self.draw([random.Random((seed << 64) + step * B + i) for i in range(lo, hi)], "train")
 
     def eval_rows(self, n, seed):
@@ -113,7 +113,7 @@ class TaskSource:
         real = ids != self.tokenizer.ids["#"]                       # no row ends in a # of its own
         lengths = (real * torch.arange(1, self.T + 1)).max(1).values
         longest = int(lengths.max())
-        return ids[:, :longest], answer[:, :longest], lengths
+        return ids[:, :longest], answer[:, :longest], lengths if lengths.min() < longest else None
 
 
 def generator(seed, step, stream):
@@ -135,8 +135,12 @@ def make_batches(source, objective, schedule, stratified, B, device_bsz, seed, s
         t, noise = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi, :x.shape[1]]
         masked, weight, denominator = objective(maskable, t, noise, schedule)
         weight = torch.as_tensor(weight).expand(masked.shape)
-        parts = [z.split(device_bsz) for z in (x, masked, weight)]
-        yield list(zip(*parts, itertools.repeat(None) if lengths is None else lengths.split(device_bsz))), denominator
+        yield list(split(device_bsz, x, masked, weight, lengths)), denominator
+
+
+def split(n, *tensors):
+    """Micro-batches of n rows of tensors that belong together; None stays None."""
+    return zip(*(itertools.repeat(None) if z is None else z.split(n) for z in tensors))
 
 
 def side_by_side(tokenizer, target, masked, pred, width=10**6):

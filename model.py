@@ -122,8 +122,8 @@ class RWKV7(nn.Module):
     def forward(self, x, state, shared):
         B, T, C = x.shape
         heads = lambda z: z.unflatten(-1, (self.H, self.N))
-        shift = token_shift(x, None if state is None else state.att_shift)
-        xr, xw, xk, xv, xa, xg = (torch.lerp(x, shift, m) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        xx = token_shift(x, None if state is None else state.att_shift) - x
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, m) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
@@ -185,7 +185,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, state, shared):
-        k = torch.lerp(x, token_shift(x, None if state is None else state.ffn_shift), self.x_k)
+        k = torch.addcmul(x, token_shift(x, None if state is None else state.ffn_shift) - x, self.x_k)
         return self.value(SquaredReLU.apply(self.key(k))), shared.last(x)
 
 

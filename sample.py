@@ -89,7 +89,7 @@ def main(cfg):
     if task and not prompt and not text:
         source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
         x, masked, lengths = source.eval_rows(num_samples, seed)
-        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), lengths.to(dev)).cpu()
+        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), lengths if lengths is None else lengths.to(dev)).cpu()
         for row in zip(x, masked, y):
             print(data.side_by_side(tokenizer, *row) + "\n")
         score = tasks.score(task, source.params, x.numpy(), y.numpy(), masked.numpy())

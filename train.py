@@ -46,13 +46,13 @@ device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
 max_iters = 1000            # optimizer steps
 # optimizer
 optimizer = "muon"          # muon: Muon for the matrices, Adam for the rest; adamw: RWKV-LM's rules
-muon_lr = 0.025             # muon: the blocks' matrices
-adam_lr = 0.02              # muon: vectors and low-rank paths
+muon_lr = 0.018             # muon: the blocks' matrices
+adam_lr = 0.03              # muon: vectors and low-rank paths
 ln_lr = 0.0015              # muon: norms
 wte_lr = 0.07               # muon: token embedding
 head_lr = 0.008             # muon: output head
 lambda_lr = 0.05            # muon: DW-JRT gates
-momentum_iters = 500        # muon: steps over which Muon's momentum rises from 0.85 to 0.95
+momentum_iters = 250        # muon: steps over which Muon's momentum rises from 0.85 to 0.95
 learning_rate = 6e-4        # adamw: all (w0 twice that)
 weight_decay = 0.001        # adamw: the big matrices
 warmup_iters = 0            # steps of linear warm-up
@@ -86,7 +86,7 @@ def muon_rows(model):
         groups.setdefault((kind, scale), []).append(p)
     matrices = groups.pop(("matrix", 1.0))
     adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
-    return [torch.optim.Adam(adam, betas=(0.9, 0.98)),
+    return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="original")]
 
 
@@ -96,7 +96,7 @@ def adamw_rows(model):
     for _, p, _, scale, decayed in nets.parameter_kinds(model):
         groups.setdefault((scale, decayed), []).append(p)
     return [torch.optim.AdamW([dict(params=ps, lr=learning_rate * scale, weight_decay=weight_decay * decayed)
-                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18)]
+                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18, fused=True)]
 
 
 OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
@@ -168,8 +168,8 @@ def evaluate(denoise, source, mask_id, device, step):
     if isinstance(source, data.TaskSource):
         seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
         x, masked, lengths = source.eval_rows(struct_eval_n, seed)
-        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), n.to(device)).cpu()
-                            for a, m, n in zip(*(z.split(batch_size) for z in (x, masked, lengths)))])
+        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), n if n is None else n.to(device)).cpu()
+                            for a, m, n in data.split(batch_size, x, masked, lengths)])
         loss = torch.nn.functional.cross_entropy(logits[masked], x[masked]).item()
         pred = torch.where(masked, logits.argmax(-1), x)
         score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
