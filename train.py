@@ -46,10 +46,10 @@ device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
 max_iters = 1000            # optimizer steps
 # optimizer
 optimizer = "muon"          # muon: Muon for the matrices, Adam for the rest; adamw: RWKV-LM's rules
-muon_lr = 0.018             # muon: the blocks' matrices
+muon_lr = 0.014             # muon: the blocks' matrices
 adam_lr = 0.03              # muon: vectors and low-rank paths
 ln_lr = 0.0015              # muon: norms
-wte_lr = 0.07               # muon: token embedding
+wte_lr = 0.15               # muon: token embedding
 head_lr = 0.008             # muon: output head
 lambda_lr = 0.05            # muon: DW-JRT gates
 momentum_iters = 250        # muon: steps over which Muon's momentum rises from 0.85 to 0.95
