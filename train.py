@@ -105,17 +105,18 @@ OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
 def defaults_for(cfg):
     """Defaults that depend on other settings: a task's small published sizes, so that the main job takes about a minute; and
     where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
-    if path := (cfg.init_from == "resume" or not cfg.train) and start_path(cfg):
-        for key, value in nets.load_checkpoint(path).get("config", {}).items():
-            if key in cfg.sources and key not in _KEEP and getattr(cfg, key) != value:
-                cfg.default(key, value, why=path)
+    path = (cfg.init_from == "resume" or not cfg.train) and start_path(cfg)
+    if trained := path and nets.load_checkpoint(path).get("config"):
+        for key in trained.keys() & cfg.sources.keys() - set(_KEEP):
+            cfg.default(key, trained[key], why=path)
+        return
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
     if task := tasks.chosen(cfg.as_dict()):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
 
 
-_KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "threads", "wkv_impl", "log_output", "mem_check")
+_KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "log_output", "mem_check")
 
 
 def start_path(cfg):
