@@ -362,7 +362,7 @@ def official_config(weights, path, **overrides):
     if missing := [k for k in OFFICIAL if k not in weights]:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: it lacks {', '.join(missing)}")
     shape = lambda key: weights[key].squeeze().shape
-    (V, C), (H, N), v1 = shape("emb.weight"), shape("blocks.0.att.r_k"), weights.get("blocks.1.att.v1")
+    (V, C), (_, N), v1 = shape("emb.weight"), shape("blocks.0.att.r_k"), weights.get("blocks.1.att.v1")
     own = dict(n_layer=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), n_embd=C, head_size=N,
                vocab_size=V, dim_ffn=shape("blocks.0.ffn.key.weight")[0], rank_w=shape("blocks.0.att.w1")[1],
                rank_a=shape("blocks.0.att.a1")[1], rank_g=shape("blocks.0.att.g1")[1], rank_v=0 if v1 is None else v1.squeeze().shape[1])

@@ -100,12 +100,11 @@ def main(cfg):
     if text and "_" not in text:
         raise ValueError(f"--text={text!r} has no hole: write a _ for each character to fill in")
     pieces = [torch.from_numpy(tokenizer.encode(piece).astype("int64")) for piece in (text or prompt).split("_")]
-    holes = len(pieces) - 1 if text else 0
     if text:
         x = torch.cat([torch.cat([p, torch.full((1,), model.mask_id)]) for p in pieces])[:-1]
     else:
         new = length or max(1, train_keys["seq_len"] - len(pieces[0]))
-        x, holes = torch.cat([torch.from_numpy(tokenizer.encode(prompt).astype("int64")), torch.full((new,), model.mask_id)]), new
+        x = torch.cat([torch.from_numpy(tokenizer.encode(prompt).astype("int64")), torch.full((new,), model.mask_id)])
     x = x.to(dev).expand(num_samples, -1)
     known = x != model.mask_id
     y = fill(model, tokenizer, x, known)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import diffusion
 from diffusion import OBJECTIVES, SAMPLERS, SCHEDULES, denoising_loss, draw, exact_count_bound, extend, mask_tokens, stratified
 
 SEED = lambda n=0: torch.Generator().manual_seed(n)

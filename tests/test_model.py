@@ -1,7 +1,6 @@
 """The network: against the official package, against RWKV-LM's initialisation rules, states, padding, DW-JRT, checkpoints."""
 import math
 import os
-import sys
 from dataclasses import replace
 
 import pytest
