@@ -117,4 +117,4 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), show=False, families=("WKV_*",), choices=dict(
-            sampler=diffusion.SAMPLERS, wkv_impl=["auto", *wkv_cuda.IMPLS])))
+            sampler=diffusion.SAMPLERS, wkv_impl=wkv_cuda.BACK_ENDS)))

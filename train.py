@@ -364,4 +364,4 @@ if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES,
-                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["fp32", "bf16"], wkv_impl=["auto", *wkv_cuda.IMPLS])))
+                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))

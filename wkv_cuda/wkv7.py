@@ -1,0 +1,161 @@
+"""RWKV-7's recurrence. B batch, T time, H heads, N head size; a state is (B,H,N,N): rows value channels, columns key channels."""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .loader import backend
+
+HEAD_SIZES = (16, 32, 64, 128)
+CHUNK = 16  # tokens between two saved states; the kernels hold the same number
+
+
+def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
+    """RWKV-7 recurrence (arXiv 2503.14456, eq. 16-20; there a = -kk, b = kk * iclr).
+
+        S_t = S_{t-1} diag(exp w_t) + (S_{t-1} a_t + c_t) b_t^T + v_t k_t^T        y_t = S_t r_t
+
+    r, w, k, v, a, b, c: (B,T,H,N), floating point; w is the log-decay, w <= 0. s0: (B,H,N,N), zero if None.
+    Returns y (B,T,H,N) in r's dtype and s in float32 (float64 for float64 inputs): the final state (B,H,N,N), or with
+    `every=n` the states after 0, n, 2n, ... tokens, (B, T//n + 1, H,N,N). Everything returned is differentiable.
+    ValueError: N not in HEAD_SIZES, shapes that disagree, every < 1.
+    """
+    if r.shape[-1] not in HEAD_SIZES:
+        raise ValueError(f"head size {r.shape[-1]} is not supported: choose one of {', '.join(map(str, HEAD_SIZES))}")
+    for name, x in zip("wkvabc", (w, k, v, a, b, c)):
+        if x is not None and x.shape != r.shape:
+            raise ValueError(f"wkv7: {name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: give all the same (B,T,H,N)")
+    if s0 is not None and s0.shape != (r.shape[0], *r.shape[2:], r.shape[3]):
+        raise ValueError(f"wkv7: s0 has shape {tuple(s0.shape)}, expected (B,H,N,N) = {(r.shape[0], *r.shape[2:], r.shape[3])}")
+    if every is not None and every < 1:
+        raise ValueError(f"wkv7: every={every} is not allowed: give a number of tokens >= 1, or None")
+    kind = torch.float64 if r.dtype == torch.float64 else torch.float32
+    args = [x if x is None else x.to(kind) for x in (r, w, k, v, a, b, s0, c)]
+    with torch.autocast(r.device.type, enabled=False):               # the recurrence stays in float32
+        y, s = IMPLS[backend(r.device.type, kind)](*args, every)
+    return y.to(r.dtype), s
+
+
+def wkv7_loop(r, w, k, v, a, b, s0=None, c=None, every=None):
+    """The definition, one token at a time, in the inputs' dtype: the reference twin of every other form."""
+    B, T, H, N = r.shape
+    s = r.new_zeros(B, H, N, N) if s0 is None else s0
+    ys, states = [], [s]
+    for t in range(T):
+        sa = torch.einsum("bhij,bhj->bhi", s, a[:, t]) + (0 if c is None else c[:, t])
+        s = s * w[:, t].exp().unsqueeze(-2) + sa.unsqueeze(-1) * b[:, t].unsqueeze(-2) + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
+        ys.append(torch.einsum("bhij,bhj->bhi", s, r[:, t]))
+        if every and (t + 1) % every == 0:
+            states.append(s)
+    return torch.stack(ys, 1) if ys else torch.zeros_like(r), torch.stack(states, 1) if every else s
+
+
+def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
+    """Chunks of up to 16 tokens as matrix products and one triangular solve (the WY form of the delta rule), any device.
+
+    Inside a chunk, exp(W_t - W_i) is split at the middle into exp(W_t - M) exp(M - W_i), W the summed log-decay. The chunk
+    is made shorter where a strong decay would overflow that split, so the result is exact for any w <= 0.
+    """
+    B, T, H, N = r.shape
+    strongest = -float(w.detach().min()) if w.numel() else 0.0
+    L, limit = CHUNK, 80 if r.dtype == torch.float32 else 700        # exp(limit) still fits the dtype
+    while L > 1 and L * strongest > limit:
+        L //= 2
+    n = min(every or T, T) or 1            # one segment a returned state; each is padded to whole chunks by identity steps
+    pad, tail = -n % L, -T % n
+    def chunked(x):                        # (B,T,H,N) -> (B,H,chunks,L,N)
+        x = F.pad(x, (0, 0, 0, 0, 0, tail)).unflatten(1, (-1, n))
+        x = F.pad(x, (0, 0, 0, 0, 0, pad)).flatten(1, 2)
+        return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
+    c_ = 0 if c is None else chunked(c)
+    r, w, k, v, a, b = map(chunked, (r, w, k, v, a, b))
+    W = w.cumsum(-2)                       # decay from the chunk's start to after token t
+    before, end = W - w, W[..., -1:, :]    # ... to before token t; ... to the end
+    mid = W[..., (L - 1) // 2, None, :]
+    to_a, to_r, inv = (before - mid).clamp_max(limit).exp() * a, (W - mid).exp() * r, (mid - W).exp()
+    kb = torch.cat([inv * b, inv * k], -2).mT
+    ab, ak = (m.tril(-1) for m in (to_a @ kb).split(L, -1))
+    rb, rk = (m.tril() for m in (to_r @ kb).split(L, -1))
+    both = torch.cat([before.exp() * a, ak @ v + c_], -1)
+    P, Q = torch.linalg.solve_triangular(-ab, both, upper=False, unitriangular=True).split(N, -1)   # (1 - ab)^-1
+    tail_decay = (end - W).exp()
+    kd, bd, wd = tail_decay * k, tail_decay * b, end.exp()
+    grow = v.mT @ kd                       # what a chunk adds whatever the state before it
+    s = r.new_zeros(B, H, N, N) if s0 is None else s0
+    starts, sas = [], []
+    for i in range(r.shape[2]):            # the only sequential part: one state a chunk
+        sa = P[:, :, i] @ s.mT + Q[:, :, i]
+        starts.append(s)
+        sas.append(sa)
+        s = s * wd[:, :, i] + (sa.mT @ bd[:, :, i] + grow[:, :, i])
+    if not starts:
+        return torch.zeros(B, T, H, N, dtype=r.dtype, device=r.device), s.unsqueeze(1) if every else s
+    y = (W.exp() * r) @ torch.stack(starts, 2).mT + rb @ torch.stack(sas, 2) + rk @ v
+    y = y.permute(0, 2, 3, 1, 4).flatten(1, 2).unflatten(1, (-1, n + pad))[:, :, :n].flatten(1, 2)[:, :T]
+    if every:
+        per = (n + pad) // L
+        s = torch.stack((starts + [s])[::per][: T // every + 1], 1)
+    return y, s
+
+
+# ---- the kernels as torch operators: buffers, fakes and gradients in one place for every compiled back end ----
+
+@torch.library.custom_op("nanodir::wkv7", mutates_args=())
+def _wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor], c: Optional[Tensor],
+          every: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, s, mid, sa = _wkv7_buffers(r, w, k, v, a, b, s0, c, every, save)
+    args = [x if x is None else x.contiguous() for x in (r, w, k, v, a, b, s0, c)]
+    torch.ops.nanodir_kernel.wkv7_forward(*args, every, y, s, mid if save else None, sa if save else None)
+    return y, s, mid, sa
+
+
+@_wkv7.register_fake
+def _wkv7_buffers(r, w, k, v, a, b, s0, c, every, save):
+    B, T, H, N = r.shape
+    states = (B, T // every + 1, H, N, N) if every else (B, H, N, N)
+    return (torch.empty_like(r, memory_format=torch.contiguous_format), r.new_empty(states),
+            r.new_empty((B, H, -(-T // CHUNK), N, N) if save else (0,)), r.new_empty(r.shape if save else (0,)))
+
+
+@torch.library.custom_op("nanodir::wkv7_backward", mutates_args=())
+def _wkv7_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, mid: Tensor, sa: Tensor, every: int,
+                   dy: Tensor, ds: Optional[Tensor], has_s0: bool, has_c: bool) -> list[Tensor]:
+    grads = _wkv7_grads(r, w, k, v, a, b, mid, sa, every, dy, ds, has_s0, has_c)
+    args = [x.contiguous() for x in (r, w, k, v, a, b, mid, sa)]
+    ds0, dc = grads[6] if has_s0 else None, grads[-1] if has_c else None
+    torch.ops.nanodir_kernel.wkv7_backward(*args, every, dy.contiguous(), None if ds is None else ds.contiguous(),
+                                           *grads[:6], ds0, dc)
+    return grads
+
+
+@_wkv7_backward.register_fake
+def _wkv7_grads(r, w, k, v, a, b, mid, sa, every, dy, ds, has_s0, has_c):
+    B, T, H, N = r.shape
+    return ([r.new_empty(r.shape) for _ in range(6)] + [r.new_empty(B, H, N, N)] * has_s0 + [r.new_empty(r.shape)] * has_c)
+
+
+def _setup(ctx, inputs, output):
+    *x, s0, c, every, save = inputs
+    ctx.save_for_backward(*x, *output[2:])
+    ctx.every, ctx.has_s0, ctx.has_c = every, s0 is not None, c is not None
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx, dy, ds, *_):
+    *x, mid, sa = ctx.saved_tensors
+    dy = torch.zeros_like(x[0]) if dy is None else dy
+    out = torch.ops.nanodir.wkv7_backward(*x, mid, sa, ctx.every, dy, ds, ctx.has_s0, ctx.has_c)
+    return *out[:6], out[6] if ctx.has_s0 else None, out[-1] if ctx.has_c else None, None, None
+
+
+_wkv7.register_autograd(_grads, setup_context=_setup)
+
+
+def _wkv7_kernel(r, w, k, v, a, b, s0=None, c=None, every=None):
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, w, k, v, a, b, s0, c))
+    return torch.ops.nanodir.wkv7(r, w, k, v, a, b, s0, c, every or 0, save)[:2]
+
+
+IMPLS = {"cpp": _wkv7_kernel, "cuda": _wkv7_kernel, "torch": wkv7_torch, "loop": wkv7_loop}
