@@ -4,7 +4,10 @@
     python bench.py --suite=step        a training step of the main job, against the token loop
     python bench.py --suite=published   the published command lines, DW_JRT=0 and 1, beside the published figures
     python bench.py --suite=tasks       the published tasks with this repository's defaults
+    python bench.py --suite=flops       FLOPs per token of every direction and the attention twin, checked against a counted run
+    python bench.py --suite=direction   milliseconds of one denoising step of the same
 """
+import dataclasses
 import json
 import os
 import statistics
@@ -59,6 +62,7 @@ def suite_wkv():
     w = -0.6 * torch.rand(B, T, H, N, generator=g)
     kk = torch.nn.functional.normalize(torch.randn(B, T, H, N, generator=g), dim=-1)
     inputs = [x.requires_grad_() for x in (r, w, k, v, -kk, kk * torch.rand(B, T, H, N, generator=g))]
+    dy = torch.randn(B, T, H, N, generator=g)
     seen = {impl: ([], []) for impl in ("loop", "torch", "cpp")}
     if reason := wkv_cuda.build("cpp"):
         raise ValueError(f"nothing to measure: {reason}")
@@ -68,7 +72,7 @@ def suite_wkv():
                 start = time.perf_counter()
                 y, _ = wkv_cuda.IMPLS[impl](*inputs)
                 middle = time.perf_counter()
-                y.backward(torch.ones_like(y))
+                torch.autograd.grad(y, inputs, dy)
                 if i:
                     forward.append(middle - start)
                     both.append(time.perf_counter() - start)
@@ -145,7 +149,91 @@ def suite_tasks():
     return {"rows": found}
 
 
-SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks}
+def parameters(cfg):
+    return sum(p.numel() for p in nets.Denoiser(cfg).parameters())
+
+
+def attention_twin(cfg, **changes):
+    """The attention network with as many parameters as cfg's: the channel mix takes what the time mix does not need."""
+    twin = dataclasses.replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift=False, **changes)
+    spare = parameters(cfg) - parameters(twin)
+    return dataclasses.replace(twin, dim_ffn=(twin.dim_ffn or 4 * twin.n_embd) + round(spare / (2 * twin.n_embd * twin.n_layer)))
+
+
+def flops_per_token(cfg, T):
+    """Of one forward pass: 2 a multiply-add of the matrix products, 9 N a channel for one step of a scan (S a, the decay, two outer
+    products, S r), 4 C T for attention over T keys. Elementwise work, norms and the embedding are left out."""
+    C, D, total = cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, 2 * cfg.n_embd * cfg.vocab_size
+    rank = lambda chosen, factor: chosen or max(32, round(factor * C**0.5 / 32) * 32)
+    for layer, mixer in enumerate(nets.pattern(cfg)):
+        if mixer == "rwkv7":
+            ranks = rank(cfg.rank_w, 2.5) + rank(cfg.rank_a, 2.5) + rank(cfg.rank_g, 5)
+            ranks += rank(cfg.rank_v, 1.7) * ("rwkv7" in nets.pattern(cfg)[:layer])
+            scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
+            two = nets.direction(cfg) != "causal"
+            total += scan * (1 + two) + 2 * C * C + two * {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
+        else:
+            total += 8 * C * C + 4 * C * T * (mixer == "attention")
+        total += 4 * C * D
+    return total
+
+
+def counted_flops(cfg, T):
+    """The same, counted by torch.utils.flop_counter in a pass that is really run."""
+    from torch.utils.flop_counter import FlopCounterMode
+    scan = lambda r, *args, out_shape=None, **kwargs: 9 * r[0] * r[1] * r[2] * r[3] ** 2
+    net = nets.Denoiser(cfg).eval()
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.nanodir.wkv7: scan}) as counter:
+        net(torch.zeros(1, T, dtype=torch.long))
+    return counter.get_total_flops() / T
+
+
+def directions():
+    """The networks that two suites compare: C=256, N=64, four layers, and attention with the two-way network's parameters."""
+    base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256)
+    ways = {"causal": dataclasses.replace(base, direction="causal")}
+    ways |= {f"block {n}": dataclasses.replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
+    ways["bidirectional"] = dataclasses.replace(base, direction="bidirectional")
+    return ways | {"attention twin": attention_twin(ways["bidirectional"])}
+
+
+def suite_flops():
+    """FLOPs per token of one denoising step, from the config, and how far a counted run is from it."""
+    if reason := wkv_cuda.build("cpp"):
+        raise ValueError(f"the count runs the C++ kernel: {reason}")
+    lengths, rows, found = (512, 2048, 8192), [], {}
+    for name, cfg in directions().items():
+        flops = {T: flops_per_token(cfg, T) for T in lengths}
+        off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in (lengths[:1] if quick else lengths))
+        rows.append([name, f"{parameters(cfg) / 1e6:.2f} M", *(f"{f / 1e6:.2f}" for f in flops.values()), f"{off:.1%}"])
+        found[name] = {"flops": flops, "off": off}
+    table("MFLOP a token, one denoising step", ["network", "parameters", *(f"T={T}" for T in lengths), "counted run differs by"], rows)
+    return {"rows": found}
+
+
+def suite_direction():
+    """Milliseconds of one denoising step at batch 1, every network in turn, and as a multiple of the attention twin's."""
+    lengths = (512, 2048) if quick else (512, 2048, 8192, 16384)
+    networks = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}
+    seen = {}
+    for T in lengths:
+        x = torch.randint(256, (1, T))
+        for i in range(2 if quick else 1 + max(3, rounds * 12288 // (T + 512))):   # the first warms up
+            for name, net in networks.items():
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    net(x)
+                if i:
+                    seen.setdefault((name, T), []).append(time.perf_counter() - start)
+    ms = {name: {T: statistics.median(seen[name, T]) * 1e3 for T in lengths} for name in networks}
+    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: ms (multiple of the attention twin)",
+          ["network", *(f"T={T}" for T in lengths)],
+          [[name, *(f"{t:.1f} ({t / ms['attention twin'][T]:.2f}x)" for T, t in row.items())] for name, row in ms.items()])
+    return {"ms": ms}
+
+
+SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
+          "direction": suite_direction}
 
 
 def main():

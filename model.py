@@ -1,4 +1,4 @@
-"""The network: one Block, RWKV-7 time mixing with official parameter names, DW-JRT, initialisation, checkpoints.
+"""The network: one Block; RWKV-7, BiWKV or attention as its mixer; directions, DW-JRT, conditioning; initialisation, checkpoints.
 
 B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; t is the noise level in (0, 1].
 """
@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from wkv_cuda import HEAD_SIZES, wkv7
+from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7, wkv7_inputs, wkv7_output
 
 
 @dataclass
@@ -24,7 +24,18 @@ class ModelConfig:
     n_embd: int = 128               # C, channels
     head_size: int = 32             # N, 16 | 32 | 64 | 128
     vocab_size: int = 0             # V, real tokens (the mask is one row more); 0 = what the data has
-    mixer: str = "rwkv7"            # time mixer of every block
+    mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; several, as in rwkv7,rwkv7,attention, take turns over the depth
+    direction: str = ""             # who sees whom: causal | bidirectional | block; empty = what the mixer does by itself
+    block_size: int = 32            # n, tokens in a block
+    fusion: str = "add"             # how the forward and the backward scan become one
+    tie_directions: bool = False    # both scans use the same projections
+    copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy of the forward one
+    time_cond: str = "none"         # how the noise level enters each block
+    time_dim: int = 128             # width of its sinusoidal embedding
+    time_inputs: int = 1            # noise levels: 1 = the text's, 2 = also a latent's
+    norm: str = "layer"             # the norms before mixers and at the end
+    tie_embeddings: bool = False    # the head is the token embedding
+    ffn_shift: bool = True          # token shift in the channel mix
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 10.0      # factor on the seed
@@ -39,9 +50,9 @@ class ModelConfig:
 
 
 class LayerState(NamedTuple):
-    """All a layer must remember of a prefix, whatever its length."""
-    wkv: Tensor        # (B,H,N,N) float32
-    att_shift: Tensor  # (B,C), the time mix's last input
+    """All a layer must remember of a prefix; constant in size for RWKV-7, whatever the prefix's length."""
+    mix: Tensor        # rwkv7: the WKV state (B,H,N,N) float32; attention: keys, values (B,H,P,N) and which are real (B,P)
+    att_shift: Tensor  # (B,C), the time mix's last input (rwkv7)
     ffn_shift: Tensor  # (B,C), the channel mix's last input
 
 
@@ -56,6 +67,7 @@ class Output(NamedTuple):
 
 class InitSeed(nn.Module):
     """S_0 = scale * S_T."""
+    keeps_context = False      # is a carried state still there behind the seed? With blocks it must be
 
     def __init__(self, cfg):
         super().__init__()
@@ -68,6 +80,7 @@ class InitSeed(nn.Module):
 
 class GateSeed(InitSeed):
     """S_0 = ctx + g * (scale * S_T - ctx), g = sigmoid(alpha), alpha learned per head."""
+    keeps_context = True
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -80,6 +93,7 @@ class GateSeed(InitSeed):
 
 class LeakSeed(GateSeed):
     """S_0 = scale * S_T, and every step adds J diag(1 - exp w_t), J = g * S_T: what decays is refilled from the seed."""
+    keeps_context = False
 
     def forward(self, seed, ctx):
         return self.scale * seed, self.alpha.sigmoid()[:, None, None] * seed
@@ -88,67 +102,203 @@ class LeakSeed(GateSeed):
 DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed}
 
 
-# ---- mixers ----
+# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As constructed, a row passes on the forward scan ----
+# ---- alone, so that a causal checkpoint loaded two-way gives the same logits; from scratch, init_weights opens both ----------
 
-def token_shift(x, last):
-    """The input one token earlier: (B,T,C), with `last` (B,C) before the first token (zeros if None)."""
-    last = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1).to(x.dtype)
-    return torch.cat([last, x[:, :-1]], 1)
+class AddFusion(nn.Module):
+    """w_f y_f + w_b y_b, both weights learned per channel."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.w_f, self.w_b = nn.Parameter(torch.ones(cfg.n_embd)), nn.Parameter(torch.zeros(cfg.n_embd))
+
+    def forward(self, f, b):
+        return torch.addcmul(f * self.w_f, b, self.w_b)
 
 
-class RWKV7(nn.Module):
-    """RWKV-7 time mixing (arXiv 2503.14456, section 4): names, shapes and arithmetic of the official x070."""
+class GateFusion(nn.Module):
+    """y_f + (2 sigmoid(W [y_f, y_b]) - 1) y_b: a gate from both scans, which starts at 0."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, f, b):
+        return torch.addcmul(f, torch.tanh(0.5 * self.gate(torch.cat([f, b], -1))), b)      # 2 sigmoid(x) - 1 = tanh(x / 2)
+
+
+class ConcatFusion(nn.Module):
+    """W [y_f, y_b], W starting as [1, 0]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.mix = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(cfg.n_embd, 2 * cfg.n_embd))
+
+    def forward(self, f, b):
+        return self.mix(torch.cat([f, b], -1))
+
+
+FUSIONS = {"add": AddFusion, "gate": GateFusion, "concat": ConcatFusion}
+
+
+# ---- the noise level: rows give (shift, scale, gate) for both halves of a block, zero at first ----
+
+class Condition(NamedTuple):
+    """h -> h (1 + scale) + shift before a half of the block, y -> y (1 + gate) after it; None leaves that out."""
+    shift: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
+    gate: Optional[Tensor] = None
+
+    def before(self, h):
+        h = h if self.scale is None else torch.addcmul(h, h, self.scale)
+        return h if self.shift is None else h + self.shift
+
+    def after(self, y):
+        return y if self.gate is None else torch.addcmul(y, y, self.gate)
+
+
+class NoCond(nn.Module):
+    """The block does not see the noise level."""
+    parts = 0
+
+    def __init__(self, cfg):
+        super().__init__()
+        if self.parts:
+            self.proj = nn.Linear(cfg.n_embd, 2 * self.parts * cfg.n_embd)
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, time):
+        """time (B,1,C) or (B,T,C) -> a Condition for the mixer and one for the channel mix."""
+        if not self.parts:
+            return Condition(), Condition()
+        first, second = self.proj(F.silu(time)).chunk(2, -1)
+        return Condition(*first.chunk(self.parts, -1)), Condition(*second.chunk(self.parts, -1))
+
+
+class AddCond(NoCond):
+    """A shift."""
+    parts = 1
+
+
+class Film(NoCond):
+    """Shift and scale (arXiv 1709.07871)."""
+    parts = 2
+
+
+class AdaLNZero(NoCond):
+    """Shift, scale and gate (DiT, arXiv 2212.09748). The gate is 1 + what is learned from 0, so pretrained weights stay as they are;
+    from scratch the zero-initialised output matrices make each block the identity, as in DiT."""
+    parts = 3
+
+
+TIME_CONDS = {"none": NoCond, "add": AddCond, "film": Film, "adaln_zero": AdaLNZero}
+
+
+class TimeEmbedding(nn.Module):
+    """Noise levels t in [0, 1] -> (..., C): sinusoids of 1000 t (DDPM's steps) and an MLP for each input, added up."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.dim = cfg.time_dim
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(cfg.time_dim, cfg.n_embd), nn.SiLU(), nn.Linear(cfg.n_embd, cfg.n_embd))
+                                  for _ in range(cfg.time_inputs))
+
+    def forward(self, *levels):
+        half = self.dim // 2
+        freqs = torch.exp(-math.log(10_000) * torch.arange(half, device=levels[0].device) / half)
+        angles = [1000 * t.float().unsqueeze(-1) * freqs for t in levels]
+        return sum(mlp(torch.cat([x.cos(), x.sin()], -1)) for mlp, x in zip(self.mlps, angles))
+
+
+# ---- mixers: (x (B,T,C), the layer's state or None, shared) -> y (B,T,C), state after the last token, last input (B,C) ----
+
+class Scan7(nn.Module):
+    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with the names, shapes and arithmetic
+    of the official x070. `like`: another scan whose projections this one uses in place of its own."""
+
+    def __init__(self, cfg, first, like=None):
+        super().__init__()
+        C, self.H, self.N = cfg.n_embd, cfg.n_embd // cfg.head_size, cfg.head_size
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a") + (() if first else ("v0",)):
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
+        self.r_k = nn.Parameter(torch.empty(self.H, self.N))
+        self.ln_x = nn.GroupNorm(self.H, C, eps=64e-5)
+        self.like = (like,)             # in a tuple: the parameters belong to the other one
+        if like is None:
+            rank = lambda chosen, factor: chosen or max(32, round(factor * C**0.5 / 32) * 32)
+            paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
+            if not first:               # the value residual mixes towards the first layer's values, so that layer has none
+                paths["v"] = rank(cfg.rank_v, 1.7)
+            for name, D in paths.items():
+                setattr(self, name + "1", nn.Parameter(torch.empty(C, D)))
+                setattr(self, name + "2", nn.Parameter(torch.empty(D, C)))
+            self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+
+    def mix(self, x, last, valid, v_first, scan):
+        """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, this layer's values.
+
+        scan: (r, w, k, v, a, b), each (B,T,H,N) -> y, state.
+        """
+        m = self.like[0] or self
+        xr, xw, xk, xv, xa, xg = shift_mix(x, last, torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]))
+        r, k, v = m.receptance(xr), m.key(xk), m.value(xv)
+        w = torch.tanh(xw @ m.w1) @ m.w2                              # log-decay in (-0.607, 0), eq. 4 of the paper
+        a = (xa @ m.a1) @ m.a2                                        # in-context learning rate
+        g = torch.sigmoid(xg @ m.g1) @ m.g2
+        gate, v0 = (None, None) if v_first is None else ((xv @ m.v1) @ m.v2, self.v0)       # the value residual
+        w, k, v2, a, b = wkv7_inputs(w, a, k, v, gate, v_first, self.w0, self.a0, v0, self.k_k, self.k_a, valid, self.N)
+        heads = lambda z: z.unflatten(-1, (self.H, self.N))
+        y, s = scan(*map(heads, (r, w, k, v2, a, b)))
+        y = wkv7_output(y.flatten(2), r, k, v2, g, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps, self.N)
+        return y, s, v
+
+
+class RWKV7(Scan7):
+    """RWKV-7 in every direction: a forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
+    directions = ("causal", "bidirectional", "block")
 
     def __init__(self, cfg, layer):
-        super().__init__()
-        C, H, N = cfg.n_embd, cfg.n_embd // cfg.head_size, cfg.head_size
-        self.layer, self.H, self.N = layer, H, N
-        rank = lambda chosen, factor: chosen or max(32, round(factor * C**0.5 / 32) * 32)
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
-        paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
-        if layer > 0:                   # the value residual mixes towards layer 0's values, so layer 0 has none
-            self.v0 = nn.Parameter(torch.empty(1, 1, C))
-            paths["v"] = rank(cfg.rank_v, 1.7)
-        for name, D in paths.items():
-            setattr(self, name + "1", nn.Parameter(torch.empty(C, D)))
-            setattr(self, name + "2", nn.Parameter(torch.empty(D, C)))
-        self.r_k = nn.Parameter(torch.empty(H, N))
-        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
-        seeded = cfg.dw_jrt and layer >= max(1, cfg.dw_jrt_layer_start)
-        self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if seeded else None
+        first = not any(issubclass(TIME_MIXERS[name], RWKV7) for name in pattern(cfg)[:layer])
+        super().__init__(cfg, first)
+        self.output = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start else None
+        if direction(cfg) != "causal":
+            self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
+            self.fuse = FUSIONS[cfg.fusion](cfg)
 
     def forward(self, x, state, shared):
-        B, T, C = x.shape
-        heads = lambda z: z.unflatten(-1, (self.H, self.N))
-        xx = token_shift(x, None if state is None else state.att_shift) - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, m) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
+        y, s, v = self.mix(x, last, shared.valid, shared.v_first.get("forward"), lambda *z: self.scan(*z, s0, shared))
+        shared.v_first.setdefault("forward", v)
+        if shared.block:
+            z, _, v = self.back.mix(shared.backwards(x), None, shared.back_valid, shared.v_first.get("back"), wkv7)
+            shared.v_first.setdefault("back", v)
+            y = self.fuse(y, shared.forwards(z))
+        return self.output(y), s, shared.last(x)
 
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        w = -math.exp(-0.5) * torch.sigmoid(w.float())                # log-decay in (-0.607, 0): eq. 4 of the paper
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)         # in-context learning rate
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if self.layer == 0:
-            shared.v_first = v
-        else:
-            v = v + (shared.v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        kk = F.normalize(heads(k * self.k_k), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
+    def scan(self, r, w, k, v, a, b, s0, shared):
+        """The forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where DW-JRT meets blocks."""
+        ys, ends = [], []
+        for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
+            y, end = self.seeded(*piece, s0, shared.seeds and shared.seeds[i])
+            if i and shared.valid is not None:      # a row that has ended is not seeded again
+                end = torch.where(shared.valid[:, i * shared.piece, None, None, None], end, s0)
+            s0 = end
+            ys.append(y)
+            ends.append(s0)
+        shared.seeds = ends
+        return torch.cat(ys, 1) if len(ys) > 1 else ys[0], s0
 
-        r, w, k, v, a = map(heads, (r, w, k, v, a))
-        if shared.valid is not None:                                  # padding is the identity step: it never touches the state
-            w, k, kk = (z * shared.valid[:, :, None, None] for z in (w, k, kk))
-        y, wkv = self.scan(r, w, k, v, -kk, kk * a, None if state is None else state.wkv, shared.seed)
-        shared.seed = wkv
-        y = self.ln_x(y.flatten(0, 1).flatten(1)).view(B, T, C)
-        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
-        return self.output(y * g), wkv, shared.last(x)
-
-    def scan(self, r, w, k, v, a, b, s0, seed):
+    def seeded(self, r, w, k, v, a, b, s0, seed):
+        """One piece: s0 the carried state, seed the final state of the layer below, each (B,H,N,N) or None."""
         if self.jrt is None or seed is None:
             return wkv7(r, w, k, v, a, b, s0)
+        if s0 is not None and not self.jrt.keeps_context:
+            raise ValueError("this form of DW-JRT forgets the carried state: use dw_jrt_inject=gate for blocks and for going on from a state")
         s0, leak = self.jrt(seed, s0)
         if leak is None:
             return wkv7(r, w, k, v, a, b, s0)
@@ -157,72 +307,182 @@ class RWKV7(nn.Module):
         return y + read(r).to(y.dtype), u + leak
 
 
-TIME_MIXERS = {"rwkv7": RWKV7}
-CHOICES = {"mixer": TIME_MIXERS, "dw_jrt_inject": DW_JRT_INJECT}
+class BiWKV(nn.Module):
+    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift, decay and bonus set per sample by the noise level."""
+    directions = ("bidirectional",)
+    wants_time = True
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        C = cfg.n_embd
+        for name in ("x_r", "x_k", "x_v"):
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
+        self.decay, self.bonus = nn.Parameter(torch.empty(C)), nn.Parameter(torch.empty(C))
+        self.time = nn.Linear(C, 2 * C)
+        nn.init.zeros_(self.time.weight)
+        nn.init.zeros_(self.time.bias)
+        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.ln_x = nn.LayerNorm(C)
+
+    def forward(self, x, state, shared):
+        if state is not None:
+            raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: feed it whole, or use mixer=rwkv7")
+        xx = bi_shift(x if shared.valid is None else x * shared.valid[..., None]) - x
+        xr, xk, xv = (torch.addcmul(x, xx, m) for m in (self.x_r, self.x_k, self.x_v))
+        r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
+        if shared.valid is not None:
+            k = k.masked_fill(~shared.valid[..., None], -math.inf)
+        dw, du = self.time(F.silu(shared.time)).float().squeeze(1).chunk(2, -1)     # (B,C)
+        y = biwkv(F.softplus(self.decay + dw), self.bonus + du, k, v)
+        return self.output(r * self.ln_x(y)), None, None
 
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, with two passes over memory in backward where autograd would take four."""
+def bi_shift(x):
+    """Half the channels of each token come from the token before it, half from the one after it (zeros beyond the ends)."""
+    left, right = x.chunk(2, -1)
+    return torch.cat([F.pad(left, (0, 0, 1, 0))[:, :-1], F.pad(right, (0, 0, 0, 1))[:, 1:]], -1)
 
-    @staticmethod
-    def forward(ctx, x):
-        x = x.relu()
-        ctx.save_for_backward(x)
-        return x * x
 
-    @staticmethod
-    def backward(ctx, g):
-        return (g * ctx.saved_tensors[0]).mul_(2)
+class Attention(nn.Module):
+    """Softmax attention with rotary positions (arXiv 2104.09864) and normalised queries and keys: the twin to compare with."""
+    directions = ("bidirectional", "causal", "block")
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.H, self.N = cfg.n_embd // cfg.head_size, cfg.head_size
+        self.query, self.key, self.value, self.output = (nn.Linear(cfg.n_embd, cfg.n_embd, bias=False) for _ in range(4))
+
+    def forward(self, x, state, shared):
+        q, k, v = (proj(x).unflatten(-1, (self.H, self.N)).transpose(1, 2) for proj in (self.query, self.key, self.value))
+        past = None if state is None else state.mix
+        turn = shared.rotation(self.N, past)
+        q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
+        real = shared.ones().bool()
+        if past is not None:
+            k, v, real = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), torch.cat([past[2], real], 1)
+        mask, is_causal = shared.attention_mask(real, x.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.output(y.transpose(1, 2).flatten(2)), (k, v, real), None
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (B,H,T,N); cos, sin (T, N/2) or (B,1,T,N/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+CHOICES = {"direction": RWKV7.directions, "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT}
 
 
 class ChannelMix(nn.Module):
-    """RWKV-7 channel mixing: token shift and a squared-ReLU MLP."""
+    """RWKV-7 channel mixing: token shift (unless ffn_shift=0) and a squared-ReLU MLP."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd))
+        self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift else None
         self.key = nn.Linear(cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, bias=False)
         self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, state, shared):
-        k = torch.addcmul(x, token_shift(x, None if state is None else state.ffn_shift) - x, self.x_k)
-        return self.value(SquaredReLU.apply(self.key(k))), shared.last(x)
+        k = x
+        if self.x_k is not None:
+            k, = shift_mix(x, None if state is None else state.ffn_shift, self.x_k)
+        return self.value(squared_relu(self.key(k))), shared.last(x)
 
 
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
+        norm = lambda: NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
         if layer == 0:
-            self.ln0 = nn.LayerNorm(cfg.n_embd)
-        self.ln1, self.ln2 = nn.LayerNorm(cfg.n_embd), nn.LayerNorm(cfg.n_embd)
-        self.att, self.ffn = TIME_MIXERS[cfg.mixer](cfg, layer), ChannelMix(cfg)
+            self.ln0 = norm()
+        self.ln1, self.ln2, self.cond = norm(), norm(), TIME_CONDS[cfg.time_cond](cfg)
+        self.att, self.ffn = TIME_MIXERS[pattern(cfg)[layer]](cfg, layer), ChannelMix(cfg)
 
     def forward(self, x, state, shared):
-        y, wkv, att_shift = self.att(self.ln1(x), state, shared)
-        x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), state, shared)
-        return x + y, LayerState(wkv, att_shift, ffn_shift)
+        cond1, cond2 = self.cond(shared.time)
+        y, mix, att_shift = self.att(cond1.before(self.ln1(x)), state, shared)
+        x = x + cond1.after(y)
+        y, ffn_shift = self.ffn(cond2.before(self.ln2(x)), state, shared)
+        return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift)
 
 
 class Shared:
-    """What the layers of one pass hand each other."""
+    """What the layers of one pass hand each other, and what is the same for all of them."""
 
-    def __init__(self, x, lengths):
-        self.v_first = None            # layer 0's values, for the value residual
-        self.seed = None               # final state of the layer below, for DW-JRT
+    def __init__(self, x, cfg, way, lengths, time):
+        self.B, self.T, self.device = *x.shape[:2], x.device
+        self.time = time               # (B,1,C) or (B,T,C), the embedded noise level
+        self.v_first = {}              # the first layer's values, for the value residual, by scan
+        self.seeds = None              # final states of the layer below, for DW-JRT: one a piece
+        self.block = {"causal": 0, "bidirectional": self.T}.get(way, min(cfg.block_size, self.T))
+        self.piece = self.block if cfg.dw_jrt and self.block else self.T
+        self.causal, self.memo = way == "causal", {}
         self.valid, self.last = None, lambda z: z[:, -1]
         if lengths is not None:
-            rows = torch.arange(len(x), device=x.device)
-            self.valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            rows = torch.arange(self.B, device=x.device)
+            self.valid = torch.arange(self.T, device=x.device) < lengths[:, None]
             self.last = lambda z: z[rows, lengths - 1]
+
+    def backwards(self, x):
+        """(B,T,C) -> (B * blocks, n, C): each block reversed, a row of its own; padding is zero, as before a sequence's start."""
+        x = x if self.valid is None else x * self.valid[..., None]
+        if pad := -self.T % self.block:
+            x = F.pad(x, (0, 0, 0, pad))
+        return x.unflatten(1, (-1, self.block)).flatten(0, 1).flip(1)
+
+    def forwards(self, y):
+        """The way back: (B * blocks, n, C) -> (B,T,C)."""
+        return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
+
+    @property
+    def back_valid(self):
+        """Which tokens of `backwards` are no padding, None if all."""
+        if self.valid is None and self.T % self.block == 0:
+            return None
+        return self.once("back_valid", lambda: self.backwards(self.ones().unsqueeze(-1)).squeeze(-1).bool())
+
+    def ones(self):
+        return torch.ones(self.B, self.T, device=self.device) if self.valid is None else self.valid.float()
+
+    def once(self, name, make):
+        """What several layers need is made by the first of them."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    def rotation(self, N, past):
+        """cos and sin for the positions of this pass, after those of the past (keys, values, which are real)."""
+        def make():
+            at = torch.arange(self.T, device=self.device, dtype=torch.float32)
+            at = at if past is None else (past[2].sum(1, keepdim=True) + at).unsqueeze(1)
+            angles = at.unsqueeze(-1) * 10_000 ** -(torch.arange(N // 2, device=self.device) / (N // 2))
+            return angles.cos(), angles.sin()
+        return self.once("rotation", make)
+
+    def attention_mask(self, real, T):
+        """real (B, P + T): keys that are no padding -> (mask or None, is_causal) for T queries after P cached tokens."""
+        P = real.shape[1] - T
+        if self.valid is None and not P and (self.causal or self.block >= T):
+            return None, self.causal
+        def make():
+            at, key = torch.arange(T, device=self.device), torch.arange(-P, T, device=self.device)
+            n = 1 if self.causal else self.block
+            return (real[:, None, None, :] & (key // n <= (at // n)[:, None])), False
+        return self.once("mask", make)
 
 
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, state=None, lengths=None)      x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings
+        out = model(x, t=None, latent_t=None, state=None, lengths=None)
 
-    state: the `out.state` after a prefix, to go on from; with it a sequence can be fed in pieces of any length.
+    x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
+    t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
+    state: the `out.state` after a prefix, to go on from. A causal model can be fed in pieces of any length, one of blocks in
+    whole blocks, a bidirectional one takes what it is given as one block: state flows only forward.
     lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: not the row's logits, nor
     its state, nor what DW-JRT seeds.
     """
@@ -232,23 +492,57 @@ class Denoiser(nn.Module):
         check_config(cfg)
         self.cfg, self.mask_id = cfg, cfg.vocab_size
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
+        wants_time = cfg.time_cond != "none" or any(hasattr(TIME_MIXERS[m], "wants_time") for m in pattern(cfg))
+        self.time = TimeEmbedding(cfg) if wants_time else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
-        self.ln_out = nn.LayerNorm(cfg.n_embd)
-        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.ln_out = NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
+        if not cfg.tie_embeddings:
+            self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         init_weights(self)
 
-    def forward(self, x, t=None, state=None, lengths=None):
+    def forward(self, x, t=None, latent_t=None, state=None, lengths=None):
+        way = direction(self.cfg)
+        time = None if self.time is None else self.embed_time(x, t, latent_t, way, lengths)
         x = self.emb(x) if not x.is_floating_point() else x
         x = self.blocks[0].ln0(x)
-        shared, states = Shared(x, lengths), []
+        shared, states = Shared(x, self.cfg, way, lengths, time), []
         for i, block in enumerate(self.blocks):
             x, s = block(x, None if state is None else state[i], shared)
             states.append(s)
         hidden = self.ln_out(x)
-        logits = self.head(hidden).float()
+        logits = F.linear(hidden, self.emb.weight[:-1] if self.cfg.tie_embeddings else self.head.weight).float()
         if self.cfg.logit_cap:
             logits = self.cfg.logit_cap * torch.tanh(logits / self.cfg.logit_cap)
         return Output(logits, hidden, None, states)
+
+    def embed_time(self, x, t, latent_t, way, lengths):
+        if t is None:
+            if x.is_floating_point():
+                raise ValueError("embeddings do not tell how noisy they are: give t")
+            t = mask_share(x == self.mask_id, self.cfg.block_size if way == "block" else x.shape[1], lengths)
+        t = t.unsqueeze(1) if t.dim() == 1 else t
+        levels = [t] if self.cfg.time_inputs == 1 else [t, (torch.zeros_like(t[:, 0]) if latent_t is None else latent_t).unsqueeze(1)]
+        return self.time(*levels)
+
+
+def mask_share(masked, n, lengths):
+    """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) where one block is all."""
+    B, T = masked.shape
+    real = torch.ones_like(masked) if lengths is None else torch.arange(T, device=masked.device) < lengths[:, None]
+    blocks = lambda z: F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1)
+    share = blocks(masked & real) / blocks(real).clamp_min(1)
+    return share[:, 0] if n >= T else share.repeat_interleave(n, 1)[:, :T]
+
+
+def pattern(cfg):
+    """The mixer of every layer."""
+    names = cfg.mixer.split(",")
+    return [names[i % len(names)] for i in range(cfg.n_layer)]
+
+
+def direction(cfg):
+    """cfg.direction, or what the mixers do by themselves."""
+    return cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]
 
 
 def check_config(cfg):
@@ -258,6 +552,18 @@ def check_config(cfg):
     if cfg.n_embd < 1 or cfg.n_embd % cfg.head_size:
         raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={cfg.head_size}: "
                          f"choose {max(1, round(cfg.n_embd / cfg.head_size)) * cfg.head_size}")
+    for key in ("n_layer", "block_size"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
+    if cfg.time_dim < 2 or cfg.time_dim % 2:
+        raise ValueError(f"time_dim={cfg.time_dim} is not allowed: give an even number")
+    for name in pattern(cfg):
+        if name not in TIME_MIXERS:
+            raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
+        if direction(cfg) not in (can := TIME_MIXERS[name].directions):
+            raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
+    if direction(cfg) == "block" and cfg.dw_jrt and not DW_JRT_INJECT[cfg.dw_jrt_inject].keeps_context:
+        raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: choose dw_jrt_inject=gate for direction=block")
 
 
 # ---- initialisation and parameter kinds: RWKV-LM's RWKV-v7/train_temp ----
@@ -292,6 +598,10 @@ def init_weights(model):
         "att.k_a": lambda p, i: torch.full((C,), 1.02),
         "att.r_k": lambda p, i: torch.full(p.shape, -0.04),
         **{f"att.{q}1": zeros for q in "wavg"}, **{f"att.{q}2": lambda p, i: lora(p) for q in "wavg"},
+        "att.decay": lambda p, i: torch.logspace(-2, 0.5, C).expm1().log(),      # softplus of it: 0.01 ... 3 a token
+        "att.bonus": lambda p, i: math.log(0.3) + zigzag * 0.5,
+        "att.fuse.w_b": ones, "att.fuse.mix.weight": lambda p, i: torch.eye(C).repeat(1, 2),
+        "att.query.weight": lambda p, i: orthogonal(p, 1.0),
         "att.receptance.weight": lambda p, i: orthogonal(p, 1.0),
         "att.key.weight": lambda p, i: orthogonal(p, 0.1),
         "att.value.weight": lambda p, i: orthogonal(p, 1.0),
@@ -304,21 +614,26 @@ def init_weights(model):
         **{f"{ln}.weight": ones for ln in ("ln0", "ln1", "ln2", "ln_out")},
         **{f"{ln}.bias": zeros for ln in ("ln0", "ln1", "ln2", "ln_out")},
     }
+    if cfg.tie_embeddings:                 # the table must be able to be a head
+        rows["emb.weight"] = lambda p, i: orthogonal(p, 0.5)
     for name, p in model.named_parameters():
         block, i = name.startswith("blocks."), int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        p.data.copy_(rows[name.split(".", 2)[2] if block else name](p, i).view(p.shape))
+        row = rows.get(name.split(".", 2)[2].replace("att.back.", "att.") if block else name)
+        if row:                            # what has no row here keeps what its module set
+            p.data.copy_(row(p, i).view(p.shape))
 
 
 def parameter_kinds(model):
     """[(name, parameter, kind, lr multiplier, decayed)]: what an optimizer must know of each parameter.
 
-    kind: emb, head, matrix (a block's big matrices), norm, scalar (DW-JRT gates), vector (all else: shifts, low-rank paths).
+    kind: emb, head, matrix (a block's big matrices), norm (and biases), scalar (DW-JRT gates), vector (all else: shifts, low-rank
+    paths). A tied embedding is a head.
     As in RWKV-LM's train_temp, w0 learns at twice the rate and weight decay touches only `.weight` matrices.
     """
     def kind(name, p):
         if name in ("emb.weight", "head.weight"):
-            return name.split(".")[0]
-        if ".ln" in name or name.startswith("ln_"):
+            return "head" if model.cfg.tie_embeddings else name.split(".")[0]
+        if ".ln" in name or name.startswith("ln_") or name.endswith(".bias"):
             return "norm"
         return "scalar" if "jrt" in name else "matrix" if name.endswith(".weight") else "vector"
 
@@ -371,13 +686,13 @@ def official_config(weights, path, **overrides):
     return ModelConfig(**(overrides | own))
 
 
-def from_pretrained(path, **overrides):
+def from_pretrained(path, content=None, /, **overrides):
     """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: fields of ModelConfig that are no shapes.
 
     An official file has no row for the mask and no DW-JRT gates: those start as at initialisation. ValueError, in one line,
-    for a file that is missing, truncated, foreign, or of another shape.
+    for a file that is missing, truncated, foreign, or of another shape. content: what load_checkpoint gave for the path already.
     """
-    content = load_checkpoint(path)
+    content = load_checkpoint(path) if content is None else content
     if "model" in content:
         cfg, weights = ModelConfig(**content["model_config"]), content["model"]
         if clash := [f"{k}={v} (the checkpoint has {getattr(cfg, k)})" for k, v in overrides.items()
@@ -399,10 +714,19 @@ def from_pretrained(path, **overrides):
 SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "mixer")
 
 
+# What pretrained weights may lack: DW-JRT, the backward scan, the noise level. All start without effect on the logits, but for DW-JRT.
+ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.")
+
+
 def load_weights(model, weights, path):
-    """Copy a state dict into the model, whatever its dtype; only DW-JRT's parameters may be absent. ValueError else."""
+    """Copy a state dict into the model, whatever its dtype; only ADDED parameters may be absent. ValueError else."""
     own = model.state_dict()
-    missing = [k for k in own if k not in weights and ".jrt." not in k]
+    for name, module in model.named_modules():
+        if name.endswith(".fuse"):         # a causal checkpoint: at first the forward scan alone
+            own |= {f"{name}.{k}": v for k, v in type(module)(model.cfg).state_dict().items()}
+    if model.cfg.copy_back:
+        weights = {k: weights[k.replace(".back.", ".")] for k in own if k.replace(".back.", ".") in weights} | weights
+    missing = [k for k in own if k not in weights and not any(part in k for part in ADDED)]
     strange = [k for k in weights if k not in own and ".jrt." not in k]
     wrong = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
              if k in weights and weights[k].numel() != v.numel()]

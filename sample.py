@@ -83,7 +83,7 @@ def main(cfg):
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
     if num_samples < 1 or length < 0 or temperature < 0:
         raise ValueError("num_samples must be at least 1, length and temperature at least 0")
-    model, tokenizer = nets.from_pretrained(ckpt).to(dev).eval(), data.Tokenizer(**saved["tokenizer"])
+    model, tokenizer = nets.from_pretrained(ckpt, saved).to(dev).eval(), data.Tokenizer(**saved["tokenizer"])
     train_keys = saved["config"]
     task = tasks.chosen(train_keys)
     if task and not prompt and not text:
@@ -99,12 +99,13 @@ def main(cfg):
         raise ValueError("give --prompt or --text, not both: --text may hold a prompt, followed by one _ for each character")
     if text and "_" not in text:
         raise ValueError(f"--text={text!r} has no hole: write a _ for each character to fill in")
-    pieces = [torch.from_numpy(tokenizer.encode(piece).astype("int64")) for piece in (text or prompt).split("_")]
+    encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
     if text:
-        x = torch.cat([torch.cat([p, torch.full((1,), model.mask_id)]) for p in pieces])[:-1]
+        hole = torch.full((1,), model.mask_id)
+        x = torch.cat([torch.cat([encode(piece), hole]) for piece in text.split("_")])[:-1]
     else:
-        new = length or max(1, train_keys["seq_len"] - len(pieces[0]))
-        x = torch.cat([torch.from_numpy(tokenizer.encode(prompt).astype("int64")), torch.full((new,), model.mask_id)])
+        start = encode(prompt)
+        x = torch.cat([start, torch.full((length or max(1, train_keys["seq_len"] - len(start)),), model.mask_id)])
     x = x.to(dev).expand(num_samples, -1)
     known = x != model.mask_id
     y = fill(model, tokenizer, x, known)

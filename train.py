@@ -106,11 +106,14 @@ def defaults_for(cfg):
     """Defaults that depend on other settings: a task's small published sizes, so that the main job takes about a minute; and
     where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
     path = (cfg.init_from == "resume" or not cfg.train) and start_path(cfg)
-    if trained := path and nets.load_checkpoint(path).get("config"):
+    cfg.saved = nets.load_checkpoint(path) if path else None
+    if trained := path and cfg.saved.get("config"):
         for key in trained.keys() & cfg.sources.keys() - set(_KEEP):
             cfg.default(key, trained[key], why=path)
         return
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
+    if cfg.direction == "block":           # the form that keeps the state which crosses blocks
+        cfg.default("dw_jrt_inject", "gate", why="direction")
     if task := tasks.chosen(cfg.as_dict()):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
@@ -147,7 +150,7 @@ def open_source(cfg, saved):
     return source
 
 
-def build_model(cfg, source, path):
+def build_model(cfg, source, path, saved):
     """The network, from scratch or with the weights of a checkpoint; its shape must be what the user asked for."""
     V = source.tokenizer.vocab_size
     if cfg.vocab_size and cfg.vocab_size < V:
@@ -157,7 +160,7 @@ def build_model(cfg, source, path):
         torch.manual_seed(random_seed)
         return nets.Denoiser(asked)
     given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if cfg.given(k)}
-    model = nets.from_pretrained(path, **given)
+    model = nets.from_pretrained(path, saved, **given)
     if model.cfg.vocab_size < V:
         raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer it was trained with")
     return model
@@ -232,18 +235,17 @@ def main(cfg):
     nets.tune_cpu()
 
     # what the settings must satisfy before anything is built or overwritten
-    rows = batch_size // world
-    micro = device_bsz or rows
-    if batch_size % world or rows % micro:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
-                         f"choose batch_size={max(1, round(batch_size / (micro * world))) * micro * world}")
     for key in ("seq_len", "batch_size", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
+    micro = device_bsz or max(1, batch_size // world)
+    if micro < 1 or batch_size % (micro * world):
+        raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
+                         f"choose batch_size={max(1, round(batch_size / (max(1, micro) * world))) * max(1, micro) * world}")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
-    saved = nets.load_checkpoint(path) if path else {}
+    saved = (cfg.saved or nets.load_checkpoint(path)) if path else {}
     source = open_source(cfg, saved)
-    model = build_model(cfg, source, path).to(dev)
+    model = build_model(cfg, source, path, saved).to(dev)
     os.makedirs(out_dir, exist_ok=True)
     if not os.access(out_dir, os.W_OK):
         raise ValueError(f"out_dir={out_dir} cannot be written: choose another with --out_dir")

@@ -44,7 +44,7 @@ def test_logits_and_state_equal_the_official_package(tmp_path, monkeypatch):
     out = ours(ids[None])
     assert (out.logits[0] - logits).norm() / logits.norm() < 1e-4
     for layer in range(3):
-        assert torch.allclose(out.state[layer].wkv[0], state[3 * layer + 1], atol=1e-4)
+        assert torch.allclose(out.state[layer].mix[0], state[3 * layer + 1], atol=1e-4)
         assert torch.allclose(out.state[layer].att_shift[0], state[3 * layer], atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(inject):
         alone.logits.sum().backward()
         assert torch.allclose(out.logits[i, :n], alone.logits[0], atol=1e-5)
         for a, b in zip(out.state, alone.state):
-            assert all(torch.allclose(p[i], q[0], atol=1e-5) for p, q in zip(a, b))
+            assert all((p[i] - q[0]).norm() <= 1e-6 * q.norm() + 1e-6 for p, q in zip(a, b))
     for n, p in net.named_parameters():
         assert torch.allclose(p.grad, together[n], rtol=1e-3, atol=1e-3), n
 
@@ -111,7 +111,11 @@ def test_dw_jrt_forms_by_their_definitions(inject, carried):
     mixer, (B, T, H, N) = randomised(cfg).blocks[1].att, (2, 7, 4, 16)
     r, w, k, v, a, b = (torch.randn(B, T, H, N) * 0.4 for _ in range(6))
     w, seed, ctx = -w.abs(), torch.randn(B, H, N, N), torch.randn(B, H, N, N) if carried else None
-    y, s_end = mixer.scan(r, w, k, v, a, b, ctx, seed)
+    if carried and inject != "gate":      # they would forget what was carried
+        with pytest.raises(ValueError, match="use dw_jrt_inject=gate"):
+            mixer.seeded(r, w, k, v, a, b, ctx, seed)
+        return
+    y, s_end = mixer.seeded(r, w, k, v, a, b, ctx, seed)
     g = mixer.jrt.alpha.sigmoid().double()[:, None, None] if inject != "init" else None
     base = torch.zeros(B, H, N, N, dtype=torch.float64) if ctx is None else ctx.double()
     s = {"init": lambda: 1.7 * seed.double(), "gate": lambda: base + g * (1.7 * seed.double() - base),
@@ -263,21 +267,3 @@ def test_official_weights_in_bf16_with_dw_jrt_on_top(tmp_path):
     seeded = from_pretrained(str(tmp_path / "x.pth"), dw_jrt=True, dw_jrt_alpha_init=-1.0)
     assert seeded.cfg.dw_jrt and seeded.blocks[1].att.jrt.alpha.eq(-1).all() and seeded.emb.weight.dtype == torch.float32
     assert torch.equal(seeded.blocks[1].att.key.weight, net.blocks[1].att.key.weight.bfloat16().float())
-
-
-def test_dummy_rows_need_no_other_edit(monkeypatch):
-    class Half(nets.RWKV7):
-        def forward(self, x, state, shared):
-            y, *rest = super().forward(x, state, shared)
-            return y / 2, *rest
-
-    class Nothing(nets.InitSeed):
-        def forward(self, seed, ctx):
-            return 0 * seed, None
-    monkeypatch.setitem(nets.TIME_MIXERS, "half", Half)
-    monkeypatch.setitem(nets.DW_JRT_INJECT, "nothing", Nothing)
-    net = Denoiser(replace(SMALL, mixer="half", dw_jrt=True, dw_jrt_inject="nothing"))
-    optimizer = torch.optim.Adam(net.parameters())
-    for _ in range(2):
-        net(torch.randint(12, (2, 8))).logits.square().mean().backward()
-        optimizer.step()

@@ -21,7 +21,7 @@ typedef int VI __attribute__((vector_size(4 * W)));
 inline V load(const float* p) { V x; std::memcpy(&x, p, sizeof x); return x; }
 inline void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
 
-// exp(x) for x <= 0 (Cody-Waite reduction, degree-6 polynomial, about 1 ulp); below -87 it is 0.
+// exp(x) for x <= 88 (Cody-Waite reduction, degree-6 polynomial, about 1 ulp); below -87 it is 0.
 inline V vexp(V x) {
   V z = x * 1.44269504f + 12582912.f;                    // round to nearest by the 1.5 * 2^23 trick
   VI n = (VI)z - 0x4B400000;
@@ -45,13 +45,24 @@ inline V sum16(V* x) {
   return SHUFFLE(x[0], x[8], 0,1,2,3,4,5,6,7,16,17,18,19,20,21,22,23) + SHUFFLE(x[0], x[8], 8,9,10,11,12,13,14,15,24,25,26,27,28,29,30,31);
 }
 
-// Arguments of one call; what a kernel need not read or write is null.
-struct Wkv7 {
-  int64_t B, T, H, N, every;
-  const float *r, *w, *k, *v, *a, *b, *s0, *c;
-  float *y, *s, *mid, *sa;                               // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
-  const float *dy, *ds;                                  // from here on backward only
-  float *dr, *dw, *dk, *dv, *da, *db, *ds0, *dc;
-  int64_t states() const { return every ? T / every + 1 : 1; }
+// A kernel takes numbers and buffers in the order in which __init__.py's modules give them to `call`; a buffer that it need neither
+// read nor write is null. Its struct names them: members of eight bytes, numbers before buffers.
+struct Call {
+  const int64_t* numbers;
+  double eps;
+  float* const* buffers;
+
+  template <class P>
+  P as(int64_t count) const {              // the first `count` members of P are numbers
+    P p;
+    std::memcpy(static_cast<void*>(&p), numbers, 8 * count);
+    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers, sizeof p - 8 * count);
+    return p;
+  }
 };
-void wkv7(const Wkv7& p, bool back);
+void wkv7(const Call&);
+void biwkv(const Call&);
+void shift_mix(const Call&);
+void wkv7_inputs(const Call&);
+void wkv7_output(const Call&);
+void squared_relu(const Call&);

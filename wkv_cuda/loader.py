@@ -51,7 +51,7 @@ def build(name):
     """Compile (first use on this machine) and load the kernel -> "" or the reason why it cannot be had, with the repair."""
     if name == "cuda":
         return "there is no CUDA kernel in this version"
-    sources, flags = sorted(Path(__file__).parent.glob("*.cpp")), ["-O3", "-march=native", "-fno-math-errno", TARGET]
+    sources, flags = sorted(Path(__file__).parent.glob("*.cpp"), reverse=True), ["-O3", "-march=native", "-fno-math-errno", TARGET]
     if platform.machine() in ("arm64", "aarch64"):
         flags[1] = "-mcpu=native"
     from torch.utils.cpp_extension import get_cxx_compiler, load
@@ -80,6 +80,24 @@ def build(name):
     except Exception as e:                 # whatever a compiler, a disk or a loader can do: the caller decides
         tail = [line for line in str(e).splitlines() if line.strip()][-3:]
         return f"the C++ kernels did not build: {' | '.join(tail)[-600:]}"
+
+
+def call(kernel, numbers, tensors, eps=0.0):
+    """Run a kernel on contiguous tensors of its own choosing, among them the buffers that it fills; None: it needs no such."""
+    torch.ops.nanodir_kernel.run(kernel, numbers, eps, [NONE if x is None else x for x in tensors])
+
+
+NONE = torch.empty(0)
+
+
+def operator(fake):
+    """Decorates a function of tensors that calls a kernel: inside a compiled graph it is a torch operator with that fake, outside
+    it is called as it is, since torch takes longer to dispatch a Python operator than these kernels often take to run."""
+    def decorate(f):
+        op = torch.library.custom_op("nanodir::" + f.__name__.lstrip("_"), f, mutates_args=())
+        op.register_fake(fake)
+        return lambda *args: op(*args) if torch.compiler.is_compiling() else f(*args)
+    return decorate
 
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"   # the stable ABI of torch 2.11: one source for it and all later ones

@@ -9,6 +9,15 @@
 
 namespace {
 
+struct Wkv7 {
+  int64_t B, T, H, N, every, back;
+  const float *r, *w, *k, *v, *a, *b, *s0, *c;
+  float *y, *s, *mid, *sa;                               // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
+  const float *dy, *ds;                                  // from here on backward only
+  float *dr, *dw, *dk, *dv, *da, *db, *ds0, *dc;
+  int64_t states() const { return every ? T / every + 1 : 1; }
+};
+
 constexpr int CHUNK = 16;   // tokens between two saved states; backward recomputes the states in between
 
 // ---- forward: lanes run over value channels i, the inner loop over key channels j; no horizontal sums ----
@@ -131,20 +140,21 @@ void backward(const Wkv7& p, int64_t bh) {
 }
 
 template <int N>
-void run(const Wkv7& p, bool back) {
-  const int64_t tasks = p.B * p.H * (back ? 1 : N / std::min(N, 64));
+void run(const Wkv7& p) {
+  const int64_t tasks = p.B * p.H * (p.back ? 1 : N / std::min(N, 64));
   parallel_for(tasks, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) back ? backward<N>(p, i) : forward<N>(p, i);
+    for (int64_t i = lo; i < hi; ++i) p.back ? backward<N>(p, i) : forward<N>(p, i);
   });
 }
 
 }  // namespace
 
-void wkv7(const Wkv7& p, bool back) {
+void wkv7(const Call& call) {
+  const auto p = call.as<Wkv7>(6);
   switch (p.N) {
-    case 16: return run<16>(p, back);
-    case 32: return run<32>(p, back);
-    case 64: return run<64>(p, back);
-    case 128: return run<128>(p, back);
+    case 16: return run<16>(p);
+    case 32: return run<32>(p);
+    case 64: return run<64>(p);
+    case 128: return run<128>(p);
   }
 }

@@ -4,8 +4,9 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .loader import backend
+from .loader import backend, call, operator
 
 HEAD_SIZES = (16, 32, 64, 128)
 CHUNK = 16  # tokens between two saved states; the kernels hold the same number
@@ -101,61 +102,60 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
 
 # ---- the kernels as torch operators: buffers, fakes and gradients in one place for every compiled back end ----
 
-@torch.library.custom_op("nanodir::wkv7", mutates_args=())
-def _wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor], c: Optional[Tensor],
-          every: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, s, mid, sa = _wkv7_buffers(r, w, k, v, a, b, s0, c, every, save)
-    args = [x if x is None else x.contiguous() for x in (r, w, k, v, a, b, s0, c)]
-    torch.ops.nanodir_kernel.wkv7_forward(*args, every, y, s, mid if save else None, sa if save else None)
-    return y, s, mid, sa
-
-
-@_wkv7.register_fake
 def _wkv7_buffers(r, w, k, v, a, b, s0, c, every, save):
     B, T, H, N = r.shape
     states = (B, T // every + 1, H, N, N) if every else (B, H, N, N)
-    return (torch.empty_like(r, memory_format=torch.contiguous_format), r.new_empty(states),
-            r.new_empty((B, H, -(-T // CHUNK), N, N) if save else (0,)), r.new_empty(r.shape if save else (0,)))
+    return [torch.empty_like(r, memory_format=torch.contiguous_format), r.new_empty(states)] + (
+        [r.new_empty(B, H, -(-T // CHUNK), N, N), r.new_empty(r.shape)] if save else [])
 
 
-@torch.library.custom_op("nanodir::wkv7_backward", mutates_args=())
-def _wkv7_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, mid: Tensor, sa: Tensor, every: int,
-                   dy: Tensor, ds: Optional[Tensor], has_s0: bool, has_c: bool) -> list[Tensor]:
-    grads = _wkv7_grads(r, w, k, v, a, b, mid, sa, every, dy, ds, has_s0, has_c)
-    args = [x.contiguous() for x in (r, w, k, v, a, b, mid, sa)]
-    ds0, dc = grads[6] if has_s0 else None, grads[-1] if has_c else None
-    torch.ops.nanodir_kernel.wkv7_backward(*args, every, dy.contiguous(), None if ds is None else ds.contiguous(),
-                                           *grads[:6], ds0, dc)
-    return grads
+@operator(_wkv7_buffers)
+def _wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor], c: Optional[Tensor],
+          every: int, save: bool) -> list[Tensor]:
+    """y, s and, with save, what backward needs: the states at the start of each chunk, and S a + c."""
+    args = [x if x is None else x.contiguous() for x in (r, w, k, v, a, b, s0, c)]
+    out = _wkv7_buffers(*args, every, save)
+    call("wkv7", (*r.shape, every, False), (*args, *out, *[None] * (10 if save else 12)))
+    return out
 
 
-@_wkv7_backward.register_fake
 def _wkv7_grads(r, w, k, v, a, b, mid, sa, every, dy, ds, has_s0, has_c):
     B, T, H, N = r.shape
     return ([r.new_empty(r.shape) for _ in range(6)] + [r.new_empty(B, H, N, N)] * has_s0 + [r.new_empty(r.shape)] * has_c)
 
 
-def _setup(ctx, inputs, output):
-    *x, s0, c, every, save = inputs
-    ctx.save_for_backward(*x, *output[2:])
-    ctx.every, ctx.has_s0, ctx.has_c = every, s0 is not None, c is not None
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
+@operator(_wkv7_grads)
+def _wkv7_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, mid: Tensor, sa: Tensor, every: int,
+                   dy: Optional[Tensor], ds: Optional[Tensor], has_s0: bool, has_c: bool) -> list[Tensor]:
+    dy = torch.zeros_like(r) if dy is None else dy
+    *args, dy, ds = (x if x is None else x.contiguous() for x in (r, w, k, v, a, b, dy, ds))
+    grads = _wkv7_grads(*args, mid, sa, every, dy, ds, has_s0, has_c)
+    call("wkv7", (*r.shape, every, True), (*args, None, None, None, None, mid, sa, dy, ds, *grads[:6], grads[6] if has_s0 else None,
+                                           grads[-1] if has_c else None))
+    return grads
 
 
-def _grads(ctx, dy, ds, *_):
-    *x, mid, sa = ctx.saved_tensors
-    dy = torch.zeros_like(x[0]) if dy is None else dy
-    out = torch.ops.nanodir.wkv7_backward(*x, mid, sa, ctx.every, dy, ds, ctx.has_s0, ctx.has_c)
-    return *out[:6], out[6] if ctx.has_s0 else None, out[-1] if ctx.has_c else None, None, None
+class _Wkv7(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, s, *saved = _wkv7(*args)
+        ctx.save_for_backward(*args[:6], *saved)
+        ctx.every, ctx.given = args[8], [x is not None for x in args[6:8]]
+        ctx.set_materialize_grads(False)
+        return y, s
 
-
-_wkv7.register_autograd(_grads, setup_context=_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        grads = _wkv7_backward(*ctx.saved_tensors, ctx.every, dy, ds, *ctx.given)
+        has_s0, has_c = ctx.given
+        return *grads[:6], grads[6] if has_s0 else None, grads[-1] if has_c else None, None, None
 
 
 def _wkv7_kernel(r, w, k, v, a, b, s0=None, c=None, every=None):
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, w, k, v, a, b, s0, c))
-    return torch.ops.nanodir.wkv7(r, w, k, v, a, b, s0, c, every or 0, save)[:2]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, w, k, v, a, b, s0, c)):
+        return _Wkv7.apply(r, w, k, v, a, b, s0, c, every or 0, True)
+    return tuple(_wkv7(r, w, k, v, a, b, s0, c, every or 0, False))
 
 
 IMPLS = {"cpp": _wkv7_kernel, "cuda": _wkv7_kernel, "torch": wkv7_torch, "loop": wkv7_loop}

@@ -1,0 +1,196 @@
+"""The fused parts of a block: the kernels in float32 against their plain-torch definitions in float64, outputs and every gradient."""
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import wkv_cuda
+from wkv_cuda import shift_mix, squared_relu, wkv7_inputs, wkv7_output
+
+ROWS = ("w", "a", "k", "v", "gate", "v_first")
+PARAMETERS = ("w0", "a0", "v0", "k_k", "k_a")
+
+
+def leaves(B, T, C, rows, parameters):
+    g = torch.Generator().manual_seed(T * C + 1)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return {**{n: normal(B, T, C) for n in rows}, **{n: normal(1, 1, C) for n in parameters}}
+
+
+def case(op, B=2, T=5, N=32, C=128, some=True):
+    """-> (function of named tensors, those tensors in float64); `some`: with the optional inputs."""
+    if op.startswith("shift_mix"):
+        n = int(op[-1])
+        x = leaves(B, T, C, ["x"], []) | {"mix": torch.rand(n, C, dtype=torch.float64)}
+        x |= {"last": torch.randn(B, C, dtype=torch.float64)} if some else {}
+        return lambda x, mix, last=None: shift_mix(x, last, mix), x
+    if op == "wkv7_inputs":
+        x = leaves(B, T, C, ROWS if some else ROWS[:4], PARAMETERS)
+        if not some:
+            del x["v0"]
+        valid = torch.arange(T) < torch.tensor([T] + [max(1, T - 2)] * (B - 1)).unsqueeze(1) if some else None
+        return lambda **x: wkv7_inputs(*(x.get(n) for n in ROWS + PARAMETERS), valid, N), x
+    if op == "wkv7_output":
+        x = leaves(B, T, C, ("y", "r", "k", "v", "g"), ("r_k", "weight", "bias"))
+        return lambda **x: wkv7_output(**x, eps=64e-5, head_size=N), x
+    return squared_relu, leaves(B, T, C + 3, ["x"], [])              # any length: here no multiple of a vector's
+
+
+def outputs_and_gradients(f, x, dtype):
+    x = {n: z.to(dtype, copy=True).requires_grad_() for n, z in x.items()}
+    out = f(**x)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    g = torch.Generator().manual_seed(3)
+    sum((z * torch.randn(z.shape, generator=g, dtype=torch.float64).to(dtype)).sum() for z in out).backward()
+    return {f"output {i}": z.detach() for i, z in enumerate(out)}, {"d" + n: z.grad for n, z in x.items()}
+
+
+def close(found, wanted, tolerance):
+    for name, want in wanted.items():
+        assert found[name].shape == want.shape and found[name].is_contiguous(), name
+        error = (found[name].double() - want).norm() / want.norm().clamp_min(1e-9)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+def check(f, x):
+    """The kernel in float32 against the definition, which is what float64 gets."""
+    found, wanted = outputs_and_gradients(f, x, torch.float32), outputs_and_gradients(f, x, torch.float64)
+    close(found[0], wanted[0], 1e-6)
+    close(found[1], wanted[1], 1e-5)
+
+
+OPS = ("shift_mix 1", "shift_mix 6", "wkv7_inputs", "wkv7_output", "squared_relu")
+HEADS = [(16, 48), (32, 128), (64, 64), (128, 256)]
+
+
+@pytest.fixture(params=["cpp", "torch"])
+def impl(request, monkeypatch):
+    monkeypatch.setenv("WKV_IMPL", request.param)
+
+
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize("B,T", [(2, 1), (3, 7), (1, 45), (40, 33)])
+@pytest.mark.parametrize("op", OPS)
+def test_against_the_definition_in_float64(op, B, T, some, impl):
+    check(*case(op, B, T, some=some))
+
+
+@pytest.mark.parametrize("N,C", HEADS)
+@pytest.mark.parametrize("op", ["wkv7_inputs", "wkv7_output"])
+def test_head_sizes(op, N, C, impl):
+    check(*case(op, 2, 9, N, C))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_the_definitions(op):
+    f, x = case(op, 2, 3, 16, 16)
+    names = list(x)
+    assert torch.autograd.gradcheck(lambda *z: f(**dict(zip(names, z))), [x[n].requires_grad_() for n in names])
+
+
+def test_extreme_inputs(monkeypatch):
+    """Saturated sigmoids, keys of length zero, and NaN, which must not be lost."""
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    f, x = case("wkv7_inputs")
+    for name, far in (("w", 30.0), ("a", -30.0), ("gate", 200.0)):
+        x[name][:, ::2] *= far
+    check(f, x)
+    x["k"][0, 1, :32] = 0
+    w, k, v, a, b = f(**{n: z.float() for n, z in x.items()})
+    assert not a[0, 1, :32].any() and not b[0, 1, :32].any() and all(z.isfinite().all() for z in (w, k, v, a, b))
+    for name, out in (("w", 0), ("a", 1), ("gate", 2), ("k", 3)):
+        bad = {n: z.float() for n, z in x.items()}
+        bad[name][0, 0, 0] = float("nan")
+        assert f(**bad)[out][0, 0, 0].isnan(), name
+    assert squared_relu(torch.tensor([float("nan"), -1.0, 2.0])).isnan().tolist() == [True, False, False]
+
+
+def test_any_width(monkeypatch):
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    x = torch.randn(2, 5, 20)
+    assert torch.equal(shift_mix(x, None, torch.zeros(3, 20))[2], x)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_change_nothing(op):
+    f, x = case(op, 8, 33)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(outputs_and_gradients(f, x, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in itertools.combinations(results, 2):
+        assert all(torch.equal(a[n], b[n]) for a, b in zip(one, other) for n in a)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_views_and_unused_outputs(op, impl):
+    f, x = case(op)
+    x = {n: z.bfloat16() for n, z in x.items()}
+    views = {n: z.transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for n, z in x.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = f(**views)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    assert {z.dtype for z in out} == {torch.float32 if op == "wkv7_inputs" else torch.bfloat16}
+    out[0].sum().backward()                                          # an expanded gradient for one output, none for the others
+    exact = {n: z.double().requires_grad_() for n, z in x.items()}
+    want = f(**exact)
+    want = want[0] if isinstance(want, (list, tuple)) else want
+    want.sum().backward()
+    assert (out[0].double() - want).norm() / want.norm() < 5e-3
+    for n, z in exact.items():
+        if z.grad is not None and z.grad.norm() > 0:
+            assert (views[n].grad.double() - z.grad).norm() / z.grad.norm() < 1e-2, n
+
+
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_operator_registration(op, some, monkeypatch):
+    """opcheck on every operator that a compiled function calls, with what it is given there."""
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    wkv_cuda.backend("cpu")
+    import torch._dynamo  # noqa: F401  (it looks is_compiling up when it is imported: that must be the real one)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if f.namespace == "nanodir":
+                called.append((f, args))
+            return f(*args, **(kwargs or {}))
+    f, x = case(op, some=some)
+    with Record():
+        outputs_and_gradients(f, x, torch.float32)
+    monkeypatch.undo()
+    assert [f._opname for f, _ in called] == [op.split()[0], op.split()[0] + "_backward"]
+    for f, args in called:
+        torch.library.opcheck(f, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compile_sees_through(monkeypatch):
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    (f, x), (g, y) = case("wkv7_inputs"), case("wkv7_output")
+
+    def all_four(mix, last, r_k, weight, bias, **x):
+        r, h = shift_mix(x["k"], last, mix)
+        w, k, v, a, b = f(**x)
+        return squared_relu(g(y=w + a * b, r=r, k=k, v=v, g=h, r_k=r_k, weight=weight, bias=bias))
+    x |= {n: y[n] for n in ("r_k", "weight", "bias")} | {"mix": torch.rand(2, 128), "last": torch.randn(2, 128)}
+    compiled = outputs_and_gradients(torch.compile(all_four, fullgraph=True, backend="aot_eager"), x, torch.float32)
+    for found, want in zip(compiled, outputs_and_gradients(all_four, x, torch.float32)):
+        assert found.keys() == want.keys() and all(torch.allclose(found[n], want[n], rtol=1e-4, atol=1e-4) for n in want)
+
+
+@pytest.mark.parametrize("op,change,words", [
+    ("shift_mix 1", dict(last=torch.zeros(1, 128)), ["last", "(1, 128)"]), ("shift_mix 1", dict(mix=torch.zeros(3, 5)), ["mix", "15"]),
+    ("wkv7_inputs", dict(k=torch.zeros(1, 5, 128)), ["k has shape", "(1, 5, 128)"]), ("wkv7_inputs", dict(v0=None), ["v0"]),
+    ("wkv7_output", dict(r_k=torch.zeros(64)), ["r_k", "64", "128"])])
+def test_errors_name_value_and_allowed(op, change, words):
+    f, x = case(op)
+    with pytest.raises(ValueError) as e:
+        f(**{n: z.float() for n, z in x.items()} | change)
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)

@@ -1,0 +1,260 @@
+"""Directions, fusions, conditioning and mixers: who may see whom, what is unchanged, what carries over."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import model as nets
+from conftest import ROOT
+from model import Denoiser, ModelConfig, from_pretrained, save_checkpoint
+
+SMALL = ModelConfig(n_layer=3, n_embd=32, head_size=16, vocab_size=11, block_size=5)
+BLOCK = replace(SMALL, direction="block", dw_jrt_inject="gate", dw_jrt_scale=1.5)
+NETS = {                                      # every network that is block-causal
+    "add": BLOCK, "gate": replace(BLOCK, fusion="gate"), "concat": replace(BLOCK, fusion="concat"), "tied": replace(BLOCK, tie_directions=True),
+    "dw_jrt": replace(BLOCK, dw_jrt=True), "film": replace(BLOCK, time_cond="film"), "attention": replace(BLOCK, mixer="attention"),
+    "hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", dw_jrt=True, norm="rms", tie_embeddings=True, time_cond="adaln_zero")}
+
+
+def randomised(cfg):
+    """A network in which nothing is zero, so that every path matters."""
+    net = Denoiser(cfg)
+    for name, p in net.named_parameters():
+        p.data += torch.randn_like(p) * (0.5 if name == "emb.weight" else 0.1)
+    return net.eval()
+
+
+def ids(B, T):
+    return torch.randint(12, (B, T))
+
+
+def flat(state):
+    """All tensors of a state, in order."""
+    return [z for layer in state for part in layer if part is not None for z in (part if isinstance(part, tuple) else [part])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("T", [15, 13])
+def test_later_blocks_never_change_earlier_logits(name, T):
+    net, x = randomised(NETS[name]), ids(1, T)
+    whole = net(x).logits
+    for at in range(T):
+        y = x.clone()
+        y[0, at] = (y[0, at] + 1 + at % 11) % 12
+        changed = (net(y).logits != whole).any(-1)[0]
+        first = at // 5 * 5
+        assert not changed[:first].any(), at                         # bit-equal
+        assert changed[first:min(first + 5, T)].all(), at            # and inside the block everybody sees everybody
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+def test_a_block_of_everything_is_bidirectional(name):
+    net, x = randomised(replace(NETS[name], block_size=64)), ids(2, 13)
+    both = Denoiser(replace(NETS[name], direction="bidirectional")).eval()
+    both.load_state_dict(net.state_dict())
+    assert torch.allclose(net(x).logits, both(x).logits, atol=1e-6)
+    y = x.clone()
+    y[:, -1] = (y[:, -1] + 1) % 12
+    assert (both(y).logits != both(x).logits).any(-1).all()          # the first token sees the last
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+def test_block_by_block_with_a_carried_state_equals_the_whole(name):
+    net, x = randomised(NETS[name]), ids(3, 13)
+    whole, state, logits = net(x), None, []
+    for piece in x.split(5, 1):
+        out = net(piece, state=state)
+        state, logits = out.state, logits + [out.logits]
+    assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-5)
+    for a, b in zip(flat(state), flat(whole.state), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    if name not in ("attention", "hybrid"):                          # constant size
+        assert [z.shape for z in flat(state)] == [z.shape for z in flat(net(x[:, :5]).state)]
+
+
+@torch.no_grad()
+def test_a_bidirectional_model_takes_a_piece_as_one_block():
+    block = randomised(BLOCK)
+    both = Denoiser(replace(BLOCK, direction="bidirectional")).eval()
+    both.load_state_dict(block.state_dict())
+    x = ids(1, 10)
+    again = both(x[:, 5:], state=both(x[:, :5]).state)
+    assert torch.allclose(again.logits, block(x).logits[:, 5:], atol=1e-5)
+
+
+RAGGED = NETS | {"causal attention": replace(SMALL, mixer="attention", direction="causal"), "biwkv": replace(SMALL, mixer="biwkv"),
+                 "bidirectional": replace(SMALL, direction="bidirectional", dw_jrt=True, time_cond="add")}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_rows_of_different_lengths_equal_the_rows_alone(name):
+    """Logits, states and gradients."""
+    net, lengths, x = randomised(RAGGED[name]), torch.tensor([9, 4, 13]), ids(3, 13)
+    out = net(x, lengths=lengths)
+    real = torch.arange(13) < lengths[:, None]
+    (out.logits * real[:, :, None]).square().sum().backward()
+    together = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    for i, n in enumerate(lengths.tolist()):
+        alone = net(x[i:i + 1, :n])
+        alone.logits.square().sum().backward()
+        assert (out.logits[i, :n] - alone.logits[0]).norm() <= 1e-5 * alone.logits.norm()
+        for a, b in zip(flat(out.state), flat(alone.state), strict=True):
+            if a.shape[2:3] != (13,) and a.shape[1:] != (13,):       # attention's cache keeps padding, marked as such
+                assert (a[i] - b[0]).norm() <= 1e-5 * b.norm()
+    for n, p in net.named_parameters():
+        if n in together:
+            assert (p.grad - together[n]).norm() <= 1e-4 * p.grad.norm() + 1e-5, n
+
+
+@torch.no_grad()
+def test_a_cache_with_padding_goes_on_like_rows_alone():
+    """Attention: unequal prompts in one batch, then one more block."""
+    net, x, lengths, new = randomised(NETS["attention"]), ids(2, 10), torch.tensor([10, 5]), ids(2, 5)
+    out = net(new, state=net(x, lengths=lengths).state)
+    for i, n in enumerate(lengths.tolist()):
+        alone = net(torch.cat([x[i:i + 1, :n], new[i:i + 1]], 1)).logits[0, n:]
+        assert torch.allclose(out.logits[i], alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_backward_scan_is_the_forward_scan_of_the_reversed_text():
+    causal = randomised(replace(SMALL, ffn_shift=False))
+    both = Denoiser(replace(causal.cfg, direction="bidirectional"))
+    weights, x = causal.state_dict(), ids(2, 9)
+    for key in both.state_dict():
+        if ".back." in key:
+            weights[key] = weights[key.replace(".back.", ".")]
+        if key.endswith(("fuse.w_f", "fuse.w_b")):
+            weights[key] = torch.full((32,), float(key.endswith("b")))
+    both.load_state_dict(weights)
+    assert torch.allclose(both(x).logits, causal(x.flip(1)).logits.flip(1), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", nets.FUSIONS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("copy_back", [False, True])
+def test_a_causal_checkpoint_loaded_two_way_is_unchanged(tmp_path, fusion, tied, copy_back):
+    net, x, path = randomised(SMALL), ids(2, 13), str(tmp_path / "c.pt")
+    save_checkpoint(path, {"model": net.state_dict(), "model_config": vars(net.cfg)})
+    two = from_pretrained(path, direction="bidirectional", fusion=fusion, tie_directions=tied, copy_back=copy_back, time_cond="film")
+    assert torch.allclose(two(x).logits, net(x).logits, atol=1e-5)
+    assert torch.equal(two.blocks[1].att.back.x_k, net.blocks[1].att.x_k) == copy_back
+    assert hasattr(two.blocks[1].att.back, "key") != tied
+    block = two.blocks[0].att
+    for p in block.fuse.parameters():                                # and the second scan matters as soon as the fusion learns
+        p += 0.1
+    assert not torch.allclose(two(x).logits, net(x).logits, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", nets.TIME_MIXERS)
+@pytest.mark.parametrize("time_cond", nets.TIME_CONDS)
+def test_conditioning_is_a_no_op_at_first_and_then_is_not(mixer, time_cond):
+    cfg = replace(SMALL, mixer=mixer)
+    net, plain, x = randomised(replace(cfg, time_cond=time_cond)), Denoiser(cfg).eval(), ids(2, 9)
+    for name, p in net.named_parameters():
+        if ".cond." in name:
+            p.zero_()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    lo, hi = torch.tensor([0.1, 0.1]), torch.tensor([0.9, 0.9])
+    assert torch.allclose(net(x, lo).logits, plain(x, lo).logits, atol=1e-5)
+    if time_cond != "none":
+        assert torch.allclose(net(x, hi).logits, plain(x, hi).logits, atol=1e-5)
+        for name, p in net.named_parameters():
+            p += 0.1 * torch.randn_like(p) * (".cond." in name)
+        assert not torch.allclose(net(x, lo).logits, net(x, hi).logits, atol=1e-3)
+        each = torch.cat([net(x[:1], lo[:1]).logits, net(x[1:], hi[1:]).logits])
+        assert torch.allclose(net(x, torch.stack([lo[0], hi[1]])).logits, each, atol=1e-5)    # per sample
+        if mixer != "biwkv":                                         # per token, too
+            assert torch.allclose(net(x, lo[:, None].expand(2, 9)).logits, net(x, lo).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_noise_level_is_the_share_of_masks_unless_given():
+    net, x = randomised(replace(SMALL, time_cond="film", direction="block")), torch.full((1, 12), 3)
+    x[0, [0, 6, 7, 8, 11]] = 11                                      # blocks of 5: 1/5, 3/5, and 1/2 of the last two tokens
+    t = torch.tensor([[0.2] * 5 + [0.6] * 5 + [0.5] * 2])
+    assert torch.equal(net(x).logits, net(x, t).logits)
+    assert torch.equal(nets.mask_share(x == 11, 12, torch.tensor([9])), torch.tensor([4 / 9]))
+    with pytest.raises(ValueError, match="give t"):
+        net(torch.randn(1, 4, 32))
+
+
+@torch.no_grad()
+def test_two_noise_levels_are_combined():
+    net, x, t = randomised(replace(SMALL, time_cond="film", time_inputs=2)), ids(1, 6), torch.tensor([0.5])
+    outs = [net(x, a, b).logits for a in (t, t / 2) for b in (t, t / 2)]
+    assert all(not torch.allclose(p, q, atol=1e-4) for i, p in enumerate(outs) for q in outs[:i])
+
+
+@torch.no_grad()
+def test_biwkv_sees_both_sides_and_decay_follows_the_noise_level():
+    net, x = randomised(replace(SMALL, mixer="biwkv")), ids(1, 9)
+    for at in (0, 8):
+        y = x.clone()
+        y[0, at] = (y[0, at] + 1) % 12
+        assert (net(y, torch.ones(1)).logits != net(x, torch.ones(1)).logits).any(-1).all()
+    assert not torch.allclose(net(x, torch.full((1,), 0.1)).logits, net(x, torch.ones(1)).logits, atol=1e-4)
+    shifted = nets.bi_shift(torch.arange(12.0).view(1, 3, 4))
+    assert shifted.tolist() == [[[0, 0, 6, 7], [0, 1, 10, 11], [4, 5, 0, 0]]]
+
+
+@torch.no_grad()
+def test_rms_norm_and_tied_embeddings():
+    net, x = randomised(replace(SMALL, norm="rms", tie_embeddings=True)), ids(1, 5)
+    assert not any(k.startswith("head") or ("ln1" in k and k.endswith("bias")) for k in net.state_dict())
+    out = net(x)
+    assert torch.allclose(out.logits, out.hidden @ net.emb.weight[:11].T, atol=1e-5) and out.logits.shape[-1] == 11
+    kinds = {n: kind for n, _, kind, _, _ in nets.parameter_kinds(net)}
+    assert kinds["emb.weight"] == "head"
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(mixer="rwkv8"), "'rwkv8' is unknown: choose from rwkv7, biwkv, attention"), (dict(block_size=0), "block_size=0 is not allowed"),
+    (dict(mixer="biwkv", direction="causal"), "direction='causal' is not for mixer=biwkv: choose one of bidirectional"),
+    (dict(direction="block", dw_jrt=True), "dw_jrt_inject=leak forgets .* choose dw_jrt_inject=gate"), (dict(time_dim=3), "time_dim=3")])
+def test_impossible_networks(change, words):
+    with pytest.raises(ValueError, match=words):
+        Denoiser(replace(SMALL, **change))
+
+
+ROWS = """
+import sys; sys.path.insert(0, {root!r})
+import torch, model
+class Half(model.RWKV7):
+    def forward(self, x, state, shared):
+        y, *rest = super().forward(x, state, shared)
+        return y / 2, *rest
+class Mean(model.AddFusion):
+    def forward(self, f, b):
+        return (f + b) / 2
+class Twice(model.NoCond):
+    parts = 1
+    def forward(self, time):
+        a, b = super().forward(time)
+        return model.Condition(a.shift * 2), b
+class Quarter(model.InitSeed):
+    def forward(self, seed, ctx):
+        return seed / 4, None
+model.TIME_MIXERS["half"], model.FUSIONS["mean"], model.TIME_CONDS["twice"], model.DW_JRT_INJECT["quarter"] = Half, Mean, Twice, Quarter
+sys.argv = ["train.py"] + {options!r}
+exec(compile(open({train!r}).read(), {train!r}, "exec"), {{"__name__": "__main__", "__file__": {train!r}}})
+"""
+
+
+@pytest.mark.parametrize("row", ["mixer=half", "fusion=mean", "time_cond=twice", "dw_jrt_inject=quarter"])
+def test_a_dummy_row_trains_without_another_edit(tmp_path, row):
+    options = ["--struct_task=1", "--struct_len=2", "--n_embd=32", "--head_size=16", "--batch_size=4", "--max_iters=2", "--struct_eval_n=4",
+               "--direction=bidirectional", "--dw_jrt=1", "--wkv_impl=torch", "--threads=1", f"--{row}"]
+    code = ROWS.format(root=ROOT, options=options, train=os.path.join(ROOT, "train.py"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert "step 2: val loss" in done.stdout and row.replace("=", " = '") in done.stdout

@@ -1,0 +1,300 @@
+// The memory-bound elementwise parts of a block on the CPU, each one pass over its rows forward and one backward: token shift,
+// what goes into the recurrence and what comes out of it, squared ReLU. The formulas are in block.py.
+#include <cmath>
+#include <vector>
+#include "kernels.h"
+
+namespace {
+
+// A row is a token: C contiguous floats, C a multiple of W; d... is read and written by backward only.
+struct ShiftMix {
+  int64_t B, T, C, n, back;
+  const float *x, *last, *mix;                           // last may be null; mix (n,C)
+  float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
+};
+
+struct Wkv7Inputs {
+  int64_t rows, C, N, back;
+  const float *w, *a, *k, *v, *gate, *v_first, *w0, *a0, *v0, *k_k, *k_a;      // v, gate, v_first, v0 may be null together
+  const bool* valid;                                     // a flag a row, or null
+  float *w_out, *k_out, *a_out, *b_out, *v_out;          // backward reads w_out, but not w and w0
+  const float *dw_out, *dk_out, *da_out, *db_out, *dv_out;
+  float *dw, *da, *dk, *sums, *dv, *dgate, *dv_first;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
+};
+
+struct Wkv7Output {
+  int64_t rows, C, N, back;
+  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias;
+  float *out;
+  const float *dout;
+  float *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
+  double eps;
+};
+
+// Forward: f(lo, hi) for ranges of rows, none so short that starting a thread costs more than it saves.
+template <class F>
+void over_rows(int64_t rows, int64_t C, const F& f) { parallel_for(rows, std::max<int64_t>(1, 8192 / C), f); }
+
+// Backward: f(lo, hi, part) for ranges of rows whose number depends on `rows` alone. Each adds its share of the parameters' gradients
+// to `part`, zeros at first; the shares are added up in order, so the result does not depend on the number of threads.
+template <class F>
+void with_sums(int64_t rows, int64_t C, int64_t width, float* sums, const F& f) {
+  const int64_t pieces = std::max<int64_t>(16, rows / 512);
+  std::vector<float> parts(pieces * width);
+  parallel_for(pieces, std::max<int64_t>(1, pieces * 8192 / std::max<int64_t>(1, rows * C)), [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) f(rows * i / pieces, rows * (i + 1) / pieces, &parts[i * width]);
+  });
+  for (int64_t j = 0; j < width; j += W) {
+    V s = {};
+    for (int64_t i = 0; i < pieces; ++i) s += load(&parts[i * width + j]);
+    store(sums + j, s);
+  }
+}
+
+inline void add(float* p, V x) { store(p, load(p) + x); }
+
+// The sum over the lanes, in every lane.
+inline V total(V x) {
+  x += SHUFFLE(x, x, 8,9,10,11,12,13,14,15,0,1,2,3,4,5,6,7);
+  x += SHUFFLE(x, x, 4,5,6,7,0,1,2,3,12,13,14,15,8,9,10,11);
+  x += SHUFFLE(x, x, 2,3,0,1,6,7,4,5,10,11,8,9,14,15,12,13);
+  return x + SHUFFLE(x, x, 1,0,3,2,5,4,7,6,9,8,11,10,13,12,15,14);
+}
+
+struct Sigmoid { V s, d; };                              // value and derivative
+
+inline Sigmoid sigmoid(V x) {
+  V e = vexp(x < 0.f ? x : -x), r = 1.f / (1.f + e), s = x < 0.f ? e * r : r;
+  return {x == x ? s : x, e * r * r};                    // vexp drops NaN: a diverged run must not look healthy
+}
+
+void shift_mix_forward(const ShiftMix& p, int64_t lo, int64_t hi) {
+  for (int64_t row = lo; row < hi; ++row) {
+    const float *x = p.x + row * p.C, *prev = row % p.T ? x - p.C : p.last ? p.last + row / p.T * p.C : nullptr;
+    for (int64_t c = 0; c < p.C; c += W) {
+      V now = load(x + c), change = (prev ? load(prev + c) : V{}) - now;
+      for (int64_t i = 0; i < p.n; ++i) store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
+    }
+  }
+}
+
+// Upwards, as the processor prefetches best: a row adds what it sends back, sum_i mix_i g_i, to the dx of the row before it.
+void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) {
+  for (int64_t row = lo; row < hi; ++row) {
+    const int64_t o = row * p.C, t = row % p.T, b = row / p.T;
+    const float *x = p.x + o, *prev = t ? x - p.C : p.last ? p.last + b * p.C : nullptr;
+    for (int64_t c = 0; c < p.C; c += W) {
+      V change = (prev ? load(prev + c) : V{}) - load(x + c), dx = {}, dprev = {};
+      for (int64_t i = 0; i < p.n; ++i) {
+        V g = load(p.outs[i] + o + c), to_prev = g * load(p.mix + i * p.C + c);
+        dx += g - to_prev;
+        dprev += to_prev;
+        add(dmix + i * p.C + c, g * change);
+      }
+      store(p.dx + o + c, dx);
+      if (t && row > lo) add(p.dx + o - p.C + c, dprev);
+      else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dprev);
+    }
+  }
+  for (int64_t c = 0; hi > lo && hi % p.T && c < p.C; c += W)   // the row after the last one is another range's
+    for (int64_t i = 0; i < p.n; ++i) add(p.dx + (hi - 1) * p.C + c, load(p.outs[i] + hi * p.C + c) * load(p.mix + i * p.C + c));
+}
+
+constexpr float STRONGEST = -0.606530660f;               // -exp(-0.5), the log-decay's bound
+constexpr float TINY = 1e-12f;                           // F.normalize's eps
+
+template <int G>
+void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
+  for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
+    const bool pad = p.valid && !p.valid[o / p.C];
+    for (int64_t h = 0; h < p.C; h += G * W) {
+      V k[G], kk[G], square = {};
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        k[g] = load(p.k + o + c);
+        kk[g] = k[g] * load(p.k_k + c);
+        square += kk[g] * kk[g];
+        if (p.gate) {
+          V v = load(p.v + o + c);
+          store(p.v_out + o + c, v + (load(p.v_first + o + c) - v) * sigmoid(load(p.v0 + c) + load(p.gate + o + c)).s);
+        }
+      }
+      const float scale = 1.f / std::max(std::sqrt(total(square)[0]), TINY);
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        V w = sigmoid(load(p.w0 + c) + load(p.w + o + c)).s * STRONGEST, iclr = sigmoid(load(p.a0 + c) + load(p.a + o + c)).s;
+        V out = k[g] * (1.f + (iclr - 1.f) * load(p.k_a + c)), unit = kk[g] * scale;
+        store(p.w_out + o + c, pad ? V{} : w);
+        store(p.k_out + o + c, pad ? V{} : out);
+        store(p.a_out + o + c, pad ? V{} : -unit);
+        store(p.b_out + o + c, pad ? V{} : unit * iclr);
+      }
+    }
+  }
+}
+
+template <int G>
+void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
+  float *dw0 = sums, *da0 = sums + p.C, *dk_k = sums + 2 * p.C, *dk_a = sums + 3 * p.C, *dv0 = sums + 4 * p.C;
+  for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
+    const bool pad = p.valid && !p.valid[o / p.C];
+    for (int64_t h = 0; h < p.C; h += G * W) {
+      V k[G], kk[G], square = {}, along = {};
+      Sigmoid iclr[G];
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        if (p.gate) {
+          const Sigmoid gate = sigmoid(load(p.v0 + c) + load(p.gate + o + c));
+          V dv = load(p.dv_out + o + c), to_first = dv * gate.s;
+          V dgate = dv * (load(p.v_first + o + c) - load(p.v + o + c)) * gate.d;
+          store(p.dv + o + c, dv - to_first);
+          store(p.dv_first + o + c, to_first);
+          store(p.dgate + o + c, dgate);
+          add(dv0 + c, dgate);
+        }
+        k[g] = load(p.k + o + c);
+        kk[g] = k[g] * load(p.k_k + c);
+        square += kk[g] * kk[g];
+        iclr[g] = sigmoid(load(p.a0 + c) + load(p.a + o + c));
+        along += kk[g] * (load(p.db_out + o + c) * iclr[g].s - load(p.da_out + o + c));
+      }
+      const float norm = std::sqrt(total(square)[0]), scale = 1.f / std::max(norm, TINY);
+      const float back = norm > TINY ? total(along)[0] * scale * scale : 0.f;    // the length does not matter above eps
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        V k_a = load(p.k_a + c), less = iclr[g].s - 1.f, dk = load(p.dk_out + o + c), db = load(p.db_out + o + c);
+        V dkk = (db * iclr[g].s - load(p.da_out + o + c) - kk[g] * back) * scale;
+        V w = load(p.w_out + o + c), dw = load(p.dw_out + o + c) * w * (1.f - w * (1.f / STRONGEST));
+        V da = (db * kk[g] * scale + dk * k[g] * k_a) * iclr[g].d;
+        store(p.dw + o + c, pad ? V{} : dw);
+        store(p.da + o + c, pad ? V{} : da);
+        store(p.dk + o + c, pad ? V{} : dkk * load(p.k_k + c) + dk * (1.f + less * k_a));
+        if (pad) continue;
+        add(dw0 + c, dw);
+        add(da0 + c, da);
+        add(dk_k + c, dkk * k[g]);
+        add(dk_a + c, dk * k[g] * less);
+      }
+    }
+  }
+}
+
+// One head of one row of y, normalised, and its r k r_k summed: what both directions start from.
+template <int G>
+struct Head {
+  V y[G], bonus;
+  float scale;                                           // 1 / standard deviation
+
+  Head(const Wkv7Output& p, int64_t o, int64_t h) {
+    V sum = {}, square = {};
+    bonus = V{};
+    for (int g = 0; g < G; ++g) {
+      const int64_t c = h + g * W;
+      y[g] = load(p.y + o + c);
+      sum += y[g];
+      bonus += load(p.r + o + c) * load(p.k + o + c) * load(p.r_k + c);
+    }
+    bonus = total(bonus);
+    const V mean = total(sum) * (1.f / (G * W));
+    for (int g = 0; g < G; ++g) { y[g] -= mean; square += y[g] * y[g]; }
+    scale = 1.f / std::sqrt(total(square)[0] * (1.f / (G * W)) + float(p.eps));
+    for (int g = 0; g < G; ++g) y[g] *= scale;
+  }
+};
+
+template <int G>
+void output_forward(const Wkv7Output& p, int64_t lo, int64_t hi) {
+  for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
+    for (int64_t h = 0; h < p.C; h += G * W) {
+      const Head<G> head(p, o, h);
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        V z = head.y[g] * load(p.weight + c) + load(p.bias + c) + head.bonus * load(p.v + o + c);
+        store(p.out + o + c, z * load(p.g + o + c));
+      }
+    }
+}
+
+template <int G>
+void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
+  float *dr_k = sums, *dweight = sums + p.C, *dbias = sums + 2 * p.C;
+  for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
+    for (int64_t h = 0; h < p.C; h += G * W) {
+      const Head<G> head(p, o, h);
+      V dy[G], mean = {}, along = {}, dbonus = {};
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        V v = load(p.v + o + c), weight = load(p.weight + c), dout = load(p.dout + o + c), dz = dout * load(p.g + o + c);
+        store(p.dg + o + c, dout * (head.y[g] * weight + load(p.bias + c) + head.bonus * v));
+        store(p.dv + o + c, dz * head.bonus);
+        dbonus += dz * v;
+        add(dbias + c, dz);
+        add(dweight + c, dz * head.y[g]);
+        dy[g] = dz * weight;
+        mean += dy[g];
+        along += dy[g] * head.y[g];
+      }
+      mean = total(mean) * (1.f / (G * W));
+      along = total(along) * (1.f / (G * W));
+      dbonus = total(dbonus);
+      for (int g = 0; g < G; ++g) {
+        const int64_t c = h + g * W;
+        V r = load(p.r + o + c), k = load(p.k + o + c), r_k = load(p.r_k + c) * dbonus;
+        store(p.dy + o + c, (dy[g] - mean - head.y[g] * along) * head.scale);
+        store(p.dr + o + c, k * r_k);
+        store(p.dk + o + c, r * r_k);
+        add(dr_k + c, r * k * dbonus);
+      }
+    }
+}
+
+template <int G>
+void run(const Wkv7Inputs& p) {
+  if (!p.back) return over_rows(p.rows, p.C, [&](int64_t lo, int64_t hi) { inputs_forward<G>(p, lo, hi); });
+  with_sums(p.rows, p.C, (p.gate ? 5 : 4) * p.C, p.sums, [&](int64_t lo, int64_t hi, float* sums) { inputs_backward<G>(p, lo, hi, sums); });
+}
+
+template <int G>
+void run(const Wkv7Output& p) {
+  if (!p.back) return over_rows(p.rows, p.C, [&](int64_t lo, int64_t hi) { output_forward<G>(p, lo, hi); });
+  with_sums(p.rows, p.C, 3 * p.C, p.sums, [&](int64_t lo, int64_t hi, float* sums) { output_backward<G>(p, lo, hi, sums); });
+}
+
+template <class P>
+void by_head_size(const P& p) {
+  switch (p.N) {
+    case 16: return run<1>(p);
+    case 32: return run<2>(p);
+    case 64: return run<4>(p);
+    case 128: return run<8>(p);
+  }
+}
+
+}  // namespace
+
+void shift_mix(const Call& call) {
+  auto p = call.as<ShiftMix>(5);
+  p.outs = call.buffers + 6;
+  if (!p.back) return over_rows(p.B * p.T, p.C, [&](int64_t lo, int64_t hi) { shift_mix_forward(p, lo, hi); });
+  with_sums(p.B * p.T, p.C, p.n * p.C, p.dmix, [&](int64_t lo, int64_t hi, float* dmix) { shift_mix_backward(p, lo, hi, dmix); });
+}
+
+void wkv7_inputs(const Call& call) { by_head_size(call.as<Wkv7Inputs>(4)); }
+
+void wkv7_output(const Call& call) {
+  auto p = call.as<Wkv7Output>(4);
+  p.eps = call.eps;
+  by_head_size(p);
+}
+
+// y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
+void squared_relu(const Call& call) {
+  const float *x = call.buffers[0], *dy = call.buffers[1];
+  float* y = call.buffers[2];
+  parallel_for(call.numbers[0], 16384, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      const float z = x[i] < 0.f ? 0.f : x[i];           // written so that NaN stays NaN
+      y[i] = z * (dy ? 2.f * dy[i] : z);
+    }
+  });
+}

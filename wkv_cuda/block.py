@@ -1,0 +1,301 @@
+"""The memory-bound elementwise parts of a block, fused: one kernel forward and one backward each on the CPU, plain torch elsewhere.
+B batch, T time, C channels, N head size. Parameters are given as (C,) or in any shape of C elements, such as (1,1,C)."""
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .loader import backend, call, operator
+from .wkv7 import HEAD_SIZES
+
+
+def shift_mix(x, last, mix):
+    """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype.
+
+        out[i] = x + (prev - x) * mix[i]        prev_t = x_{t-1}, prev_0 = last
+
+    x: (B,T,C); last: (B,C), zeros if None; mix: (n,C), or any shape of n*C elements.
+    """
+    if last is not None and last.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"shift_mix: last has shape {tuple(last.shape)}, expected (B,C) = {(x.shape[0], x.shape[2])}")
+    if mix.numel() % x.shape[2]:
+        raise ValueError(f"shift_mix: mix has {mix.numel()} elements, expected a multiple of C = {x.shape[2]}")
+    dtype, kind = x.dtype, _kind(x)
+    x, last, mix = _to(kind, x, last, mix)
+    if x.shape[2] % 16 == 0 and _kernel(x):                          # 16 floats are a vector of the kernel
+        out = list(ShiftMix.apply(x, last, mix))
+    else:
+        out = shift_mix_torch(x, last, mix)
+    return out if dtype == kind else [z.to(dtype) for z in out]
+
+
+def shift_mix_torch(x, last, mix):
+    """The definition of shift_mix, in the inputs' dtype."""
+    last = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1)
+    change = torch.cat([last, x[:, :-1]], 1) - x
+    return [torch.addcmul(x, change, m) for m in mix.reshape(-1, x.shape[-1])]
+
+
+def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
+    """From the projections to what the recurrence takes -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64).
+
+        w' = -exp(-1/2) sigmoid(w0 + w)     iclr = sigmoid(a0 + a)      v' = v + (v_first - v) sigmoid(v0 + gate)
+        kk = (k * k_k) / its norm over each head (at least 1e-12)       k' = k (1 + (iclr - 1) k_a)
+        returned a = -kk, b = kk * iclr; where `valid` is False w', k', a, b are 0, which leaves the state as it is
+
+    w, a, k, v, gate, v_first: (B,T,C), floating point; w0, a0, v0, k_k, k_a: C elements; valid: (B,T) bool or None.
+    gate, v_first and v0 are None together: then v' is v.
+    """
+    _check("wkv7_inputs", w, head_size, dict(a=a, k=k, v=v, gate=gate, v_first=v_first), dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a))
+    if len({x is None for x in (gate, v_first, v0)}) > 1:
+        raise ValueError("wkv7_inputs: gate, v_first and v0 go together: give all three or None three times")
+    if valid is not None and (valid.shape != w.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"wkv7_inputs: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {tuple(w.shape[:2])}")
+    w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a = _to(_kind(w), w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a)
+    if not _kernel(w):
+        with torch.autocast(w.device.type, enabled=False):
+            return wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
+    if gate is None:
+        w, k, a, b = Wkv7Inputs.apply(w, a, k, None, None, None, w0, a0, None, k_k, k_a, valid, head_size)
+    else:
+        w, k, a, b, v = Wkv7Inputs.apply(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
+    return w, k, v, a, b
+
+
+def wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
+    """The definition of wkv7_inputs, in the inputs' dtype."""
+    w0, a0, v0, k_k, k_a = (p if p is None else p.flatten() for p in (w0, a0, v0, k_k, k_a))
+    w = -math.exp(-0.5) * torch.sigmoid(w0 + w)
+    iclr = torch.sigmoid(a0 + a)
+    if gate is not None:
+        v = v + (v_first - v) * torch.sigmoid(v0 + gate)
+    kk = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1).flatten(-2)
+    k = k * (1 + (iclr - 1) * k_a)
+    if valid is not None:
+        w, k, kk = (z.masked_fill(~valid.unsqueeze(-1), 0) for z in (w, k, kk))
+    return w, k, v, -kk, kk * iclr
+
+
+def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
+    """From what the recurrence returns to the output projection's input, (B,T,C) in y's dtype.
+
+        out = (GroupNorm(y) + (sum over the head of r k r_k) v) g
+
+    GroupNorm is over each head's N channels of one token, with `weight`, `bias` and `eps`.
+    y, r, k, v, g: (B,T,C), floating point; r_k, weight, bias: C elements.
+    """
+    _check("wkv7_output", y, head_size, dict(r=r, k=k, v=v, g=g), dict(r_k=r_k, weight=weight, bias=bias))
+    dtype = y.dtype
+    args = _to(_kind(y), y, r, k, v, g, r_k, weight, bias)
+    if _kernel(args[0]):
+        out = Wkv7Output.apply(*args, eps, head_size)
+    else:
+        with torch.autocast(y.device.type, enabled=False):
+            out = wkv7_output_torch(*args, eps, head_size)
+    return out.to(dtype)
+
+
+def wkv7_output_torch(y, r, k, v, g, r_k, weight, bias, eps, head_size):
+    """The definition of wkv7_output, in the inputs' dtype."""
+    heads = lambda z: z.unflatten(-1, (-1, head_size))
+    norm = F.group_norm(y.flatten(0, 1), y.shape[-1] // head_size, weight.flatten(), bias.flatten(), eps).view_as(y)
+    bonus = heads(r * k * r_k.flatten()).sum(-1, keepdim=True) * heads(v)
+    return (norm + bonus.flatten(-2)) * g
+
+
+def squared_relu(x):
+    """relu(x)^2 -> like x, of any shape and floating dtype."""
+    kind = _kind(x)
+    z = x.to(kind)
+    return (SquaredReLU.apply(z) if _kernel(z) else squared_relu_torch(z)).to(x.dtype)
+
+
+def squared_relu_torch(x):
+    """The definition of squared_relu, in x's dtype."""
+    return x.relu().square()
+
+
+def _kind(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _to(kind, *args):
+    return [x if x is None or x.dtype == kind else x.to(kind) for x in args]
+
+
+def _kernel(x):
+    return backend(x.device.type, x.dtype) == "cpp"
+
+
+def _check(op, x, head_size, tensors, parameters):
+    """The kernels trust every shape, so a wrong one must not get past here."""
+    if head_size not in HEAD_SIZES or x.shape[-1] % head_size:
+        raise ValueError(f"{op}: head size {head_size} is not supported for C = {x.shape[-1]}: "
+                         f"choose one of {', '.join(map(str, HEAD_SIZES))} that divides C")
+    for name, z in tensors.items():
+        if z is not None and z.shape != x.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(z.shape)}, expected (B,T,C) = {tuple(x.shape)}")
+    for name, z in parameters.items():
+        if z is not None and z.numel() != x.shape[-1]:
+            raise ValueError(f"{op}: {name} has {z.numel()} elements, expected C = {x.shape[-1]}")
+
+
+# ---- the kernels: buffers, operators for compiled graphs, gradients ----
+
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x, N, back):
+    return x.shape[0] * x.shape[1], x.shape[2], N, back
+
+
+def _dense(*args):
+    return [x if x is None else x.contiguous() for x in args]
+
+
+def _shift_mix_buffers(x, last, mix):
+    return [_like(x) for _ in range(mix.numel() // x.shape[-1])]
+
+
+@operator(_shift_mix_buffers)
+def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor) -> list[Tensor]:
+    out = _shift_mix_buffers(x, last, mix)
+    call("shift_mix", (*x.shape, len(out), False), (*_dense(x, last, mix), None, None, None, *out))
+    return out
+
+
+def _shift_mix_grads(x, last, mix, dout):
+    return [_like(x), _like(mix)] + ([] if last is None else [_like(last)])
+
+
+@operator(_shift_mix_grads)
+def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, dout: list[Tensor]) -> list[Tensor]:
+    dx, dmix, *dlast = grads = _shift_mix_grads(x, last, mix, dout)
+    call("shift_mix", (*x.shape, len(dout), True), (*_dense(x, last, mix), dx, *(dlast or [None]), dmix, *_dense(*dout)))
+    return grads
+
+
+class ShiftMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args)
+        return tuple(_shift_mix(*args))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dout):
+        dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, list(dout))
+        return dx, *(dlast or [None]), dmix
+
+
+def _wkv7_inputs_buffers(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, N):
+    return [_like(w) for _ in range(4 if gate is None else 5)]
+
+
+@operator(_wkv7_inputs_buffers)
+def _wkv7_inputs(w: Tensor, a: Tensor, k: Tensor, v: Optional[Tensor], gate: Optional[Tensor], v_first: Optional[Tensor], w0: Tensor,
+                 a0: Tensor, v0: Optional[Tensor], k_k: Tensor, k_a: Tensor, valid: Optional[Tensor], N: int) -> list[Tensor]:
+    args = (w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid)
+    w, k, a, b, *v = out = _wkv7_inputs_buffers(*args, N)
+    call("wkv7_inputs", _rows(w, N, False), (*_dense(*args), w, k, a, b, *(v or [None]), *[None] * 12))
+    return out
+
+
+def _wkv7_inputs_grads(w_out, a, k, v, gate, v_first, a0, v0, k_k, k_a, valid, N, dout):
+    """Those of w, a, k; of w0, a0, k_k, k_a and v0 as rows of one tensor; of v, gate, v_first."""
+    return [_like(a), _like(a), _like(a), a.new_empty(len(dout), a.shape[-1])] + [_like(a) for _ in range(0 if gate is None else 3)]
+
+
+@operator(_wkv7_inputs_grads)
+def _wkv7_inputs_backward(w_out: Tensor, a: Tensor, k: Tensor, v: Optional[Tensor], gate: Optional[Tensor], v_first: Optional[Tensor],
+                          a0: Tensor, v0: Optional[Tensor], k_k: Tensor, k_a: Tensor, valid: Optional[Tensor], N: int,
+                          dout: list[Tensor]) -> list[Tensor]:
+    args = (w_out, a, k, v, gate, v_first, a0, v0, k_k, k_a, valid)
+    dw, da, dk, sums, *rest = grads = _wkv7_inputs_grads(*args, N, dout)
+    dw_out, dk_out, da_out, db_out, *dv_out = _dense(*dout)
+    w_out, a, k, v, gate, v_first, a0, v0, k_k, k_a, valid = _dense(*args)
+    call("wkv7_inputs", _rows(a, N, True), (None, a, k, v, gate, v_first, None, a0, v0, k_k, k_a, valid, w_out, None, None, None, None,
+                                            dw_out, dk_out, da_out, db_out, *(dv_out or [None]), dw, da, dk, sums, *(rest or [None] * 3)))
+    return grads
+
+
+class Wkv7Inputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, N):
+        out = _wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, N)
+        ctx.save_for_backward(out[0], a, k, v, gate, v_first, a0, v0, k_k, k_a, valid)      # the log-decay holds its own derivative
+        ctx.N, ctx.shapes = N, [None if p is None else p.shape for p in (w0, a0, k_k, k_a, v0)]
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dout):
+        dw, da, dk, sums, *rest = _wkv7_inputs_backward(*ctx.saved_tensors, ctx.N, list(dout))
+        dw0, da0, dk_k, dk_a, *dv0 = (d.view(shape) for d, shape in zip(sums.unbind(), ctx.shapes))
+        return dw, da, dk, *(rest or [None] * 3), dw0, da0, *(dv0 or [None]), dk_k, dk_a, None, None
+
+
+@operator(lambda y, *args: _like(y))
+def _wkv7_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                 N: int) -> Tensor:
+    out = _like(y)
+    call("wkv7_output", _rows(y, N, False), (*_dense(y, r, k, v, g, r_k, weight, bias), out, *[None] * 8), eps)
+    return out
+
+
+def _wkv7_output_grads(y, *args):
+    """Those of y, r, k, v, g, and those of r_k, weight, bias as rows of one tensor."""
+    return [_like(y) for _ in range(5)] + [y.new_empty(3, y.shape[-1])]
+
+
+@operator(_wkv7_output_grads)
+def _wkv7_output_backward(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                          N: int, dout: Tensor) -> list[Tensor]:
+    grads = _wkv7_output_grads(y)
+    call("wkv7_output", _rows(y, N, True), (*_dense(y, r, k, v, g, r_k, weight, bias), None, dout.contiguous(), *grads, None), eps)
+    return grads
+
+
+class Wkv7Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, ctx.eps, ctx.N = args
+        ctx.save_for_backward(*tensors)
+        return _wkv7_output(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        args = ctx.saved_tensors
+        *grads, sums = _wkv7_output_backward(*args, ctx.eps, ctx.N, dout)
+        return *grads, *(d.view(p.shape) for d, p in zip(sums.unbind(), args[5:])), None, None
+
+
+@operator(_like)
+def _squared_relu(x: Tensor) -> Tensor:
+    y = _like(x)
+    call("squared_relu", (x.numel(),), (x.contiguous(), None, y))
+    return y
+
+
+@operator(lambda x, dy: _like(x))
+def _squared_relu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    dx = _like(x)
+    call("squared_relu", (x.numel(),), (x.contiguous(), dy.contiguous(), dx))
+    return dx
+
+
+class SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _squared_relu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _squared_relu_backward(*ctx.saved_tensors, dy)
