@@ -1,9 +1,12 @@
 """Masked (absorbing) text diffusion: noise schedules, objectives, the likelihood bound, samplers.
 
 B batch, T time, V vocabulary; t in (0, 1] is the noise level, m(t) the share of tokens masked at t, m(1) = 1.
-`denoise` is any callable ids (B,T) -> logits (B,T,V); nothing here knows the network. Randomness is passed in.
+`denoise` is any callable (ids (B,T), lengths=None, state=None, clean=False, every=None) -> an object with `logits` (B,T,V) and
+`state`, as model.Denoiser is one; only block diffusion uses state, clean and every. Randomness is passed in.
 """
+import functools
 import math
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,66 +43,163 @@ def mask_tokens(x, masked, mask_id):
     return x.masked_fill(masked, mask_id)
 
 
-# ---- objectives: (maskable (B,T) bool, t (B,), noise (B,T) uniform, schedule) -> masked (B,T) bool, weight, denominator ----
+# ---- noise: (maskable (B,T) bool, t (B,), noise (B,T) uniform, schedule, n) -> masked (B,T) bool, weight, denominator ----
 # The loss is the sum over masked tokens of weight * cross-entropy, divided by the denominator summed over the whole global
-# batch: so it is the same however the batch is cut into micro-batches and processes.
+# batch: so it is the same however the batch is cut into micro-batches and processes. n: block size.
 
 
-def masked_mean(maskable, t, noise, schedule):
+def masked_mean(maskable, t, noise, schedule, n):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
     masked = maskable & (noise < SCHEDULES[schedule](t)[0][:, None])
     return masked, 1.0, masked.sum()
 
 
-def elbo(maskable, t, noise, schedule):
+def elbo(maskable, t, noise, schedule, n):
     """MDLM's bound (arXiv 2406.07524, eq. 10) in nats a token: cross-entropy weighted by m'(t) / m(t)."""
     rate, slope = SCHEDULES[schedule](t)
     return maskable & (noise < rate[:, None]), (slope / rate)[:, None], maskable.sum()
 
 
-def task(maskable, t, noise, schedule):
-    """All maskable tokens masked, mean cross-entropy: a synthetic task's answer, predicted in one step."""
+def everything(maskable, t, noise, schedule, n):
+    """All maskable tokens, mean cross-entropy: a task's answer in one step; a text token by token."""
     return maskable, 1.0, maskable.sum()
 
 
-OBJECTIVES = {"masked_mean": masked_mean, "elbo": elbo, "task": task}
+def blockwise(maskable, t, noise, schedule, n):
+    """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8), a noise level for each block; a tenth of the
+    blocks is fully masked, as every block is when its denoising starts."""
+    T = maskable.shape[1]
+    u = (t[:, None] + torch.arange(-(-T // n)) * (5**0.5 - 1) / 2) % 1          # well spread over a row's blocks, too
+    t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3)).repeat_interleave(n, 1)[:, :T]
+    rate, slope = SCHEDULES[schedule](t)
+    return maskable & (noise < rate), slope / rate, maskable.sum()
 
 
-def denoising_loss(denoise, x, masked, weight, mask_id):
-    """Sum over the masked tokens of weight * cross-entropy (nats); x, masked (B,T), weight broadcastable to (B,T)."""
-    logits = denoise(mask_tokens(x, masked, mask_id))[masked]
-    loss = F.cross_entropy(logits, x[masked], reduction="none")
-    weight = torch.as_tensor(weight, device=x.device).expand(masked.shape)[masked]
-    return (loss * weight).sum()
+# ---- losses: (denoise, x (B,T), masked (B,T), weight broadcastable to (B,T), mask_id, lengths, n) -> sum of weighted nats ----
 
 
-def exact_count_bound(denoise, x, mask_id, generator):
-    """Per row, an unbiased estimate of the bound on -log p(x) / T in nats a token -> (B,).
+def weighted(logits, x, masked, weight):
+    loss = F.cross_entropy(logits[masked], x[masked], reduction="none")
+    return (loss * torch.as_tensor(weight, device=x.device).expand(masked.shape)[masked]).sum()
 
-    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and
-    takes the mean cross-entropy over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t
-    of the ELBO under every schedule, with far less variance than random mask rates.
+
+def in_one_pass(denoise, x, masked, weight, mask_id, lengths=None, n=0):
+    """The whole row is seen, its masked tokens are predicted."""
+    return weighted(denoise(mask_tokens(x, masked, mask_id), lengths=lengths).logits, x, masked, weight)
+
+
+def shifted(x, mask_id):
+    """The mask, as the start of the text, and all tokens but the last: a causal network then predicts each token from those before."""
+    return F.pad(x[:, :-1], (1, 0), value=mask_id)
+
+
+def next_token(denoise, x, masked, weight, mask_id, lengths=None, n=0):
+    """Autoregressive: exact, for causal networks."""
+    return weighted(denoise(shifted(x, mask_id), lengths=lengths).logits, x, masked, weight)
+
+
+def block_logits(denoise, x, masked, mask_id, n):
+    """x (B,T) with `masked` (B,T) -> logits (B,T,V) of every block given the clean blocks before it.
+
+    One clean pass gives the state at each block's start; all noisy blocks then go on from there at once, B * ceil(T / n) short
+    rows. A block sees exactly what it sees when a text is generated block by block.
     """
     B, T = x.shape
+    states = denoise(x, every=n).state
+    noisy = F.pad(mask_tokens(x, masked, mask_id), (0, -T % n), value=mask_id).view(-1, n)
+    lengths = None if T % n == 0 else torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
+    return denoise(noisy, state=states, lengths=lengths).logits.view(B, -(-T // n) * n, -1)[:, :T]
+
+
+def in_blocks(denoise, x, masked, weight, mask_id, lengths=None, n=0):
+    """Block diffusion whose training state is its inference state. Rows must be full."""
+    return weighted(block_logits(denoise, x, masked, mask_id, n), x, masked, weight)
+
+
+def b3d_logits(denoise, x, masked, mask_id, n):
+    """The same from one causal stream [masked][masked][clean] a block, read at the second copy (B3D-RWKV, arXiv 2605.25969); here
+    the state a block starts from has seen the masked copies before it as well. For causal networks."""
+    B, T = x.shape
+    blocks = lambda z: F.pad(z, (0, -T % n), value=mask_id).view(B, -1, n)
+    noisy = blocks(mask_tokens(x, masked, mask_id))
+    stream = torch.stack([noisy, noisy, blocks(x)], 2)
+    return denoise(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])[:, :, 1].flatten(1, 2)[:, :T]
+
+
+def in_a_stream(denoise, x, masked, weight, mask_id, lengths=None, n=0):
+    return weighted(b3d_logits(denoise, x, masked, mask_id, n), x, masked, weight)
+
+
+# ---- bounds: (denoise, x (B,T) full rows, mask_id, generator, n) -> nats a token of each row, (B,), for reporting ----
+
+
+def exact_count(B, T, generator):
+    """Masks (B,T) and the weights that make a sum of cross-entropies an unbiased estimate of the bound on -log p(x) / T.
+
+    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and takes the
+    mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t of the ELBO under every
+    schedule, with far less variance than random mask rates.
+    """
     k = (stratified(B, generator) * T).ceil().clamp(1, T)
     rank = torch.rand(B, T, generator=generator).argsort(1).argsort(1)
-    masked = (rank < k[:, None]).to(x.device)
-    logits = denoise(mask_tokens(x, masked, mask_id))
-    loss = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(B, T)
-    return (loss * masked).sum(1) / masked.sum(1)
+    return rank < k[:, None], 1 / k[:, None].expand(B, T)
+
+
+def summed(logits, x, weight):
+    return (F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x) * weight).sum(1)
+
+
+def whole_bound(denoise, x, mask_id, generator, n=0):
+    masked, weight = exact_count(*x.shape, generator)
+    masked = masked.to(x.device)
+    return summed(denoise(mask_tokens(x, masked, mask_id)).logits, x, masked * weight.to(x.device))
+
+
+def exact_nll(denoise, x, mask_id, generator=None, n=0):
+    """No bound: -log p(x) / T itself."""
+    return summed(denoise(shifted(x, mask_id)).logits, x, 1 / x.shape[1])
+
+
+def block_bound(denoise, x, mask_id, generator, n, logits=block_logits):
+    """The sum of the blocks' own exact-count bounds; with n = 1 it is -log p(x) / T itself."""
+    (B, T), sizes = x.shape, torch.tensor([n] * (x.shape[1] // n) + [x.shape[1] % n] * (x.shape[1] % n > 0))
+    parts = [exact_count(B * int((sizes == size).sum()), int(size), generator) for size in sizes.unique().flip(0)]
+    join = lambda i: torch.cat([part[i].reshape(B, -1) for part in parts], 1).to(x.device)
+    masked, weight = join(0), join(1) * sizes.repeat_interleave(sizes).to(x.device) / T
+    return summed(logits(denoise, x, masked, mask_id, n), x, masked * weight)
+
+
+def b3d_bound(denoise, x, mask_id, generator, n):
+    return block_bound(denoise, x, mask_id, generator, n, b3d_logits)
+
+
+class Objective(NamedTuple):
+    noise: Callable
+    loss: Callable
+    bound: Callable
+
+
+OBJECTIVES = {"masked_mean": Objective(masked_mean, in_one_pass, whole_bound), "elbo": Objective(elbo, in_one_pass, whole_bound),
+              "task": Objective(everything, in_one_pass, whole_bound), "ar": Objective(everything, next_token, exact_nll),
+              "block": Objective(blockwise, in_blocks, block_bound), "b3d": Objective(blockwise, in_a_stream, b3d_bound)}
 
 
 # ---- samplers: (denoise, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----
 
 
-def draw(logits, temperature, top_k, generator):
+def draw(logits, temperature, top_k, top_p, generator):
     """(B,T,V) logits -> a token for each position and its probability at temperature 1, both (B,T).
 
     Gumbel-max in float64: in float32 the noise is cut off, which lowers entropy (arXiv 2409.02908). temperature 0 = argmax.
+    top_k and top_p (nucleus, arXiv 1904.09751) leave out what is unlikely at temperature 1; 0 and 1 leave out nothing.
     """
     logits = logits.double()
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
     score = logits
     if temperature > 0:
         noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
@@ -108,28 +208,137 @@ def draw(logits, temperature, top_k, generator):
     return token, logits.softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-@torch.no_grad()
-def confidence(denoise, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0, watch=None):
-    """Confidence-parallel decoding: each step keeps every draw whose probability reaches `threshold`, and at least one a row.
+def guided(denoise, known, mask_id, scale):
+    """Classifier-free guidance on what is known (arXiv 2207.12598): uncond + scale (cond - uncond), where uncond has it masked.
+    scale 1 is no guidance."""
+    if scale == 1:
+        return denoise
 
-    steps > 0 bounds the denoiser calls: then at least an even share of what was masked at first is kept each step.
+    def both(x, state=None, **options):
+        if state is not None:
+            raise ValueError("guidance is for whole sequences: with sampler=block leave it at 1")
+        cond, uncond = denoise(torch.cat([x, mask_tokens(x, known, mask_id)]), **options).logits.chunk(2)
+        return Logits(uncond + scale * (cond - uncond))
+    return both
+
+
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+def decode(rule, denoise, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0, top_p=1.0, watch=None):
+    """The loop of all samplers of whole sequences: draw every masked token, keep what `rule` picks, until none is masked.
+
+    rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T) bool, what to keep;
+    pace: tokens a row must decide in this call to be done in `steps` calls (0: one a token); left: calls to go, this one included.
     watch(x, fresh) is called after every step, fresh (B,T) the tokens just decided.
     """
-    x = mask_tokens(x, ~known, mask_id)
-    masked = ~known
-    share = (masked.sum(1) + steps - 1) // steps if steps else torch.ones_like(masked.sum(1))
+    x, masked = mask_tokens(x, ~known, mask_id), ~known
+    first = masked.sum(1)
+    calls, call = steps or int(first.max()), 0
     while masked.any():
-        token, sure = draw(denoise(x), temperature, top_k, generator)
-        sure = sure.masked_fill(~masked, -1)
-        rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
-        fresh = masked & ((sure >= threshold) | (rank < share[:, None]))
-        x, masked = torch.where(fresh, token, x), masked & ~fresh
+        token, sure = draw(denoise(x).logits, temperature, top_k, top_p, generator)
+        after = first - (first * (call + 1) / calls).ceil().long()           # what may still be masked after this call
+        pace = (masked.sum(1) - after.clamp_min(0)).clamp_min(1)
+        fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
+        x, masked, call = torch.where(fresh, token, x), masked & ~fresh, call + 1
         if watch:
             watch(x, fresh)
     return x
 
 
-SAMPLERS = {"confidence": confidence}
+def best(score, masked, count):
+    """The `count` (B,) masked positions of highest score in each row."""
+    return score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1) < count[:, None]
+
+
+def confidence(sure, masked, pace, left, generator, threshold):
+    """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches `threshold`, at least one a
+    row, and as many of the surest as the pace asks for."""
+    return (sure >= threshold) | best(sure, masked, pace)
+
+
+def topk(sure, masked, pace, left, generator, threshold):
+    """Low-confidence remasking (LLaDA, arXiv 2502.09992): an even number of tokens a call, the surest; the others stay masked."""
+    return best(sure, masked, pace)
+
+
+def ancestral(sure, masked, pace, left, generator, threshold):
+    """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share (t - s) / t is decided
+    by s, all of it at s = 0."""
+    return torch.rand(sure.shape, generator=generator).to(sure.device) < 1 / max(1, left)
+
+
+def first_hitting(sure, masked, pace, left, generator, threshold):
+    """A uniformly random order, one token a call: exactly the reverse process, without the calls in which nothing changes (arXiv
+    2409.02908, section 4). With fewer `steps`, several at once."""
+    return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
+
+
+def block(denoise, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None, **options):
+    """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is denoised by the sampler
+    `inner` from the carried state, and its finished text moves the state on. What a block costs does not depend on what came
+    before it. Rows may have prefixes of different lengths: a row's first block begins after its own. `steps` is a block's.
+    layout: the objective the network was trained with, block or b3d. eot: a row that has produced it gets nothing else after it.
+    """
+    T, n = x.shape[1], block_size
+    x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
+    start = (~known).long().cumsum(1).eq(0).sum(1)                            # (B,) length of the known prefix
+    state, ended = prefix_state(denoise, x[:, :int(start.max())], start), torch.zeros_like(start, dtype=torch.bool)
+    while (start < T).any():
+        at = start[:, None] + torch.arange(n, device=x.device)
+        real = at < T
+        lengths = None if real.all() else real.sum(1).clamp_min(1)            # what lies past the end is padding
+
+        def from_state(z):
+            if layout == "b3d":
+                return Logits(denoise(torch.cat([z, z], 1), state=state).logits[:, n:])
+            return denoise(z, state=state, lengths=lengths)
+        given = known.gather(1, at) | ~real | ended[:, None]
+        piece = x.gather(1, at) if eot is None else x.gather(1, at).masked_fill(ended[:, None] & ~known.gather(1, at), eot)
+        done = SAMPLERS[inner](from_state, piece, given, mask_id, generator, **options)
+        done = torch.where(given, piece, done)                                # whatever is past the end
+        if eot is not None:
+            after = (done == eot).long().cumsum(1) - (done == eot).long() > 0
+            done = done.masked_fill(after & ~known.gather(1, at) & real, eot)
+            ended |= (done == eot).any(1)
+        x, start = x.scatter(1, at, done), (start + n).clamp_max(T)
+        if (start < T).any():
+            state = denoise(done, state=state, lengths=lengths, clean=True).state
+    return x[:, :T]
+
+
+def prefix_state(denoise, x, lengths):
+    """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0; None if all are."""
+    if not x.shape[1]:
+        return None
+    state = denoise(x, lengths=lengths.clamp_min(1), clean=True).state
+    keep = lambda z: z if not torch.is_tensor(z) else z * (lengths > 0).view(-1, *[1] * (z.dim() - 1))
+    every = lambda z: type(z)(*map(every, z)) if hasattr(z, "_fields") else type(z)(map(every, z)) if isinstance(z, (list, tuple)) else keep(z)
+    return every(state)
+
+
+def ar(denoise, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None, **unused):
+    """Token by token from left to right, for networks trained with objective=ar; the state is all that is carried."""
+    x, state, last = mask_tokens(x, ~known, mask_id), None, x.new_full((x.shape[0], 1), mask_id)
+    ended = torch.zeros_like(known[:, :1])
+    for i in range(x.shape[1]):
+        out = denoise(last, state=state)
+        token, state = draw(out.logits, temperature, top_k, top_p, generator)[0], out.state
+        if eot is not None:
+            token = token.masked_fill(ended, eot)
+            ended |= token == eot
+        last = torch.where(known[:, i:i + 1], x[:, i:i + 1], token)
+        fresh = torch.zeros_like(known)
+        fresh[:, i] = ~known[:, i]
+        x = torch.where(fresh, last, x)
+        if watch:
+            watch(x, fresh)
+    return x
+
+
+SAMPLERS = {rule.__name__: functools.partial(decode, rule) for rule in (confidence, topk, ancestral, first_hitting)}
+SAMPLERS |= {"block": block, "ar": ar}
 
 
 def extend(denoise, prompt, n, length, mask_id, generator, sampler="confidence", **options):

@@ -266,22 +266,27 @@ class RWKV7(Scan7):
         super().__init__(cfg, first)
         self.output = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start else None
-        if direction(cfg) != "causal":
-            self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
-            self.fuse = FUSIONS[cfg.fusion](cfg)
+        two = direction(cfg) != "causal"
+        self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None) if two else None
+        self.fuse = FUSIONS[cfg.fusion](cfg) if two else None
 
     def forward(self, x, state, shared):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
         y, s, v = self.mix(x, last, shared.valid, shared.v_first.get("forward"), lambda *z: self.scan(*z, s0, shared))
         shared.v_first.setdefault("forward", v)
-        if shared.block:
+        if self.fuse and shared.clean:
+            y = self.fuse(y, torch.zeros_like(y))
+        elif self.fuse:
             z, _, v = self.back.mix(shared.backwards(x), None, shared.back_valid, shared.v_first.get("back"), wkv7)
             shared.v_first.setdefault("back", v)
             y = self.fuse(y, shared.forwards(z))
-        return self.output(y), s, shared.last(x)
+        return self.output(y), s, shared.last(x, last)
 
     def scan(self, r, w, k, v, a, b, s0, shared):
         """The forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where DW-JRT meets blocks."""
+        if shared.clean:
+            y, s = wkv7(r, w, k, v, a, b, s0, every=shared.every)
+            return y, s if shared.every is None else s[:, :-(-shared.T // shared.every)].flatten(0, 1)
         ys, ends = [], []
         for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
             y, end = self.seeded(*piece, s0, shared.seeds and shared.seeds[i])
@@ -353,16 +358,50 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(cfg.n_embd, cfg.n_embd, bias=False) for _ in range(4))
 
     def forward(self, x, state, shared):
-        q, k, v = (proj(x).unflatten(-1, (self.H, self.N)).transpose(1, 2) for proj in (self.query, self.key, self.value))
         past = None if state is None else state.mix
-        turn = shared.rotation(self.N, past)
-        q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
+        if isinstance(past, BlockStarts):
+            return self.after_clean_text(x, past, shared)
+        q, k, v = self.project(x, shared.rotation(self.N, past))
         real = shared.ones().bool()
         if past is not None:
             k, v, real = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), torch.cat([past[2], real], 1)
         mask, is_causal = shared.attention_mask(real, x.shape[1])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.output(y.transpose(1, 2).flatten(2)), (k, v, real), None
+        return self.output(y.transpose(1, 2).flatten(2)), BlockStarts(k, v, real, shared.every) if shared.every else (k, v, real), None
+
+    def project(self, x, turn):
+        q, k, v = (proj(x).unflatten(-1, (self.H, self.N)).transpose(1, 2) for proj in (self.query, self.key, self.value))
+        q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
+        return q, k, v
+
+    def after_clean_text(self, x, past, shared):
+        """x (B * blocks, n, C), noisy blocks: each sees itself and the clean blocks before it, by a mask (BD3-LM, section 3.2)."""
+        B, n, T = past.keys.shape[0], past.n, past.keys.shape[2]
+        whole = x.unflatten(0, (B, -1)).flatten(1, 2)
+        turn = shared.once("rotation", lambda: rotation(torch.arange(whole.shape[1], device=x.device), self.N))
+        q, k, v = self.project(whole, turn)
+        def make():
+            query, key = torch.arange(whole.shape[1], device=x.device) // n, torch.arange(T, device=x.device) // n
+            noisy = (shared.ones().bool().view(B, 1, 1, -1) & (query[:, None] == query)).expand(B, 1, *(whole.shape[1],) * 2)
+            clean = (past.real[:, None, None, :] & (key < query[:, None])).expand(B, 1, whole.shape[1], T)
+            return torch.cat([clean, noisy], -1)
+        y = F.scaled_dot_product_attention(q, torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2),
+                                           attn_mask=shared.once("mask", make))
+        return self.output(y.transpose(1, 2).flatten(2).view(x.shape)), past, None
+
+
+class BlockStarts(NamedTuple):
+    """Keys and values (B,H,T,N) of clean text, and which of it is real (B,T), for blocks of n to attend to what is before them."""
+    keys: Tensor
+    values: Tensor
+    real: Tensor
+    n: int
+
+
+def rotation(at, N):
+    """Positions -> cos and sin of the angles of rotary embeddings (theta 10,000)."""
+    angles = at.unsqueeze(-1).float() * 10_000 ** -(torch.arange(N // 2, device=at.device) / (N // 2))
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
@@ -386,10 +425,10 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, state, shared):
-        k = x
+        k, last = x, None if state is None else state.ffn_shift
         if self.x_k is not None:
-            k, = shift_mix(x, None if state is None else state.ffn_shift, self.x_k)
-        return self.value(squared_relu(self.key(k))), shared.last(x)
+            k, = shift_mix(x, last, self.x_k)
+        return self.value(squared_relu(self.key(k))), shared.last(x, last)
 
 
 class Block(nn.Module):
@@ -412,19 +451,24 @@ class Block(nn.Module):
 class Shared:
     """What the layers of one pass hand each other, and what is the same for all of them."""
 
-    def __init__(self, x, cfg, way, lengths, time):
+    def __init__(self, x, cfg, way, lengths, time, clean=False, every=None):
         self.B, self.T, self.device = *x.shape[:2], x.device
         self.time = time               # (B,1,C) or (B,T,C), the embedded noise level
         self.v_first = {}              # the first layer's values, for the value residual, by scan
         self.seeds = None              # final states of the layer below, for DW-JRT: one a piece
+        self.clean, self.every, self.memo = clean, every, {}
         self.block = {"causal": 0, "bidirectional": self.T}.get(way, min(cfg.block_size, self.T))
+        self.seen_by = 1 if way == "causal" else (every or cfg.block_size) if clean else self.block
         self.piece = self.block if cfg.dw_jrt and self.block else self.T
-        self.causal, self.memo = way == "causal", {}
-        self.valid, self.last = None, lambda z: z[:, -1]
-        if lengths is not None:
-            rows = torch.arange(self.B, device=x.device)
-            self.valid = torch.arange(self.T, device=x.device) < lengths[:, None]
-            self.last = lambda z: z[rows, lengths - 1]
+        self.lengths = lengths
+        self.valid = None if lengths is None else torch.arange(self.T, device=x.device) < lengths[:, None]
+
+    def last(self, x, before):
+        """What token shift must know of x (B,T,C) to go on: its last real token; with `every` the one before each block."""
+        if self.every:
+            before = torch.zeros_like(x[:, 0]) if before is None else before
+            return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
+        return x[:, -1] if self.lengths is None else x[torch.arange(self.B, device=x.device), self.lengths - 1]
 
     def backwards(self, x):
         """(B,T,C) -> (B * blocks, n, C): each block reversed, a row of its own; padding is zero, as before a sequence's start."""
@@ -455,21 +499,17 @@ class Shared:
 
     def rotation(self, N, past):
         """cos and sin for the positions of this pass, after those of the past (keys, values, which are real)."""
-        def make():
-            at = torch.arange(self.T, device=self.device, dtype=torch.float32)
-            at = at if past is None else (past[2].sum(1, keepdim=True) + at).unsqueeze(1)
-            angles = at.unsqueeze(-1) * 10_000 ** -(torch.arange(N // 2, device=self.device) / (N // 2))
-            return angles.cos(), angles.sin()
-        return self.once("rotation", make)
+        at = torch.arange(self.T, device=self.device)
+        return self.once("rotation", lambda: rotation(at if past is None else (past[2].sum(1, keepdim=True) + at).unsqueeze(1), N))
 
     def attention_mask(self, real, T):
         """real (B, P + T): keys that are no padding -> (mask or None, is_causal) for T queries after P cached tokens."""
         P = real.shape[1] - T
-        if self.valid is None and not P and (self.causal or self.block >= T):
-            return None, self.causal
+        n = self.seen_by           # keys are seen by blocks; causal is blocks of one
+        if self.valid is None and not P and (n == 1 or n >= T):
+            return None, n == 1
         def make():
             at, key = torch.arange(T, device=self.device), torch.arange(-P, T, device=self.device)
-            n = 1 if self.causal else self.block
             return (real[:, None, None, :] & (key // n <= (at // n)[:, None])), False
         return self.once("mask", make)
 
@@ -477,7 +517,7 @@ class Shared:
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent_t=None, state=None, lengths=None)
+        out = model(x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
@@ -485,6 +525,10 @@ class Denoiser(nn.Module):
     whole blocks, a bidirectional one takes what it is given as one block: state flows only forward.
     lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: not the row's logits, nor
     its state, nor what DW-JRT seeds.
+    clean: a pass of finished text, for its state: the forward scan alone (attention: by blocks), without seeds.
+    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows: given to a pass over
+    the same text as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text before it. All at once, this
+    is what going on block by block from a carried state gives.
     """
 
     def __init__(self, cfg):
@@ -500,12 +544,12 @@ class Denoiser(nn.Module):
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         init_weights(self)
 
-    def forward(self, x, t=None, latent_t=None, state=None, lengths=None):
+    def forward(self, x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None):
         way = direction(self.cfg)
         time = None if self.time is None else self.embed_time(x, t, latent_t, way, lengths)
         x = self.emb(x) if not x.is_floating_point() else x
         x = self.blocks[0].ln0(x)
-        shared, states = Shared(x, self.cfg, way, lengths, time), []
+        shared, states = Shared(x, self.cfg, way, lengths, time, clean or every is not None, every), []
         for i, block in enumerate(self.blocks):
             x, s = block(x, None if state is None else state[i], shared)
             states.append(s)
@@ -735,6 +779,13 @@ def load_weights(model, weights, path):
             raise ValueError(f"{path} {what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: "
                              "it was made by another model; give the settings it was trained with")
     model.load_state_dict({k: weights[k].reshape(v.shape).to(v.dtype) if k in weights else v for k, v in own.items()})
+
+
+def fast_bf16(device):
+    """Does this device multiply bf16 matrices natively?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{what}_supported", bool)() for what in ("avx512_bf16", "amx_tile"))
 
 
 def tune_cpu():

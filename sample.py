@@ -2,7 +2,8 @@
 
     python sample.py --ckpt=out/ckpt.pt                                    a task's checkpoint: answers to evaluation rows
     python sample.py --ckpt=out/ckpt.pt --prompt="ROMEO:" --length=200     text after a prompt
-    python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one character
+    python sample.py --ckpt=out/ckpt.pt --prompt="To be" --suffix="be."    text between the two
+    python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token
     ... --watch=1 shows the denoising step by step
 """
 import os
@@ -21,14 +22,19 @@ from configurator import configure, one_line_errors
 # ---- settings ----
 ckpt = "out/ckpt.pt"        # checkpoint of train.py
 prompt = ""                 # text to go on from
-text = ""                   # text with a _ for each character to fill in
-length = 0                  # characters to generate after the prompt; 0 = what fits the length trained on
-num_samples = 3             # rows, all in one batch
-sampler = "confidence"      # how masks are filled
-steps = 0                   # largest number of denoiser calls for a window; 0 = as many as the threshold asks for
-threshold = 0.9             # a draw at least this probable is kept
+prompt_file = ""            # a file with a prompt a line, of any lengths: all are continued in one batch
+suffix = ""                 # text that must follow what is generated
+text = ""                   # text with a _ for each token to fill in
+length = 0                  # tokens to generate after a prompt; 0 = what fits the length trained on
+num_samples = 3             # samples of each prompt, all in one batch
+sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others
+steps = 0                   # denoiser calls (sampler=block: of each block); 0 = as many as the sampler asks for, at most one a token
+threshold = 0.9             # confidence: a draw at least this probable is kept
 temperature = 1.0           # 0 = always the likeliest token
 top_k = 0                   # draw from the k likeliest tokens; 0 = from all
+top_p = 1.0                 # draw from the likeliest tokens that hold this much probability
+guidance = 1.0              # uncond + guidance (cond - uncond), uncond not seeing the given text; 1 = none
+block_size = 0              # sampler=block: tokens of a block; 0 = as trained
 seed = 1337                 # of the draws, and of a task's rows
 watch = False               # show each step in the terminal
 watch_delay = 0.1           # seconds a step stays on the screen
@@ -39,14 +45,16 @@ MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim for the masked par
 
 
 class Counted:
-    """The model as the samplers want it: ids -> logits, counting its calls."""
+    """The model as the samplers want it, counting its calls; lengths: (B,) real tokens of each row, unless a call gives others."""
 
     def __init__(self, model, lengths=None):
         self.model, self.lengths, self.calls = model, lengths, 0
 
-    def __call__(self, x):
+    def __call__(self, x, lengths=None, **options):
         self.calls += 1
-        return self.model(x, lengths=self.lengths).logits
+        if lengths is None and self.lengths is not None and "state" not in options:
+            lengths = self.lengths.repeat(len(x) // len(self.lengths))       # guidance doubles the rows
+        return self.model(x, lengths=lengths, **options)
 
 
 def watcher(tokenizer, mask_id):
@@ -62,15 +70,46 @@ def paint(c, colour):
     return colour + c + OFF if colour and sys.stdout.isatty() else c
 
 
-def fill(model, tokenizer, x, known, lengths=None):
-    """Fill x (B,T) where not known with the chosen sampler, and report what it took."""
+def fill(model, tokenizer, x, known, name, layout, lengths=None):
+    """Fill x (B,T) where not known with the sampler `name`, and report what it took."""
     denoise, begun = Counted(model, lengths), time.perf_counter()
-    options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k)
-    y = diffusion.SAMPLERS[sampler](denoise, x, known, model.mask_id, data.generator(seed, 0, 3),
-                                    watch=watcher(tokenizer, model.mask_id) if watch else None, **options)
+    options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
+                   watch=watcher(tokenizer, model.mask_id) if watch else None)
+    if name in ("block", "ar"):
+        options["eot"] = getattr(tokenizer, "eot_id", None)
+    if name == "block":
+        options |= dict(block_size=block_size or model.cfg.block_size, layout=layout)
+    y = diffusion.SAMPLERS[name](diffusion.guided(denoise, known, model.mask_id, guidance), x, known, model.mask_id,
+                                 data.generator(seed, 0, 3), **options)
+    assert (y[known] == x[known]).all() and (y != model.mask_id).all()
     taken, n = time.perf_counter() - begun, int((~known).sum())
-    print(f"{n} tokens in {denoise.calls} denoiser calls, {n / max(1, denoise.calls):.1f} a call, {n / taken:.0f} tokens/s")
+    print(f"{n} tokens in {denoise.calls} denoiser calls, {n / max(1, denoise.calls):.1f} a call, {n / taken:.0f} tokens/s ({name})")
     return y
+
+
+def rows_of_text(tokenizer, mask_id, T):
+    """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full."""
+    encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
+    hole = lambda n: torch.full((n,), mask_id)
+    if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
+        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may hold a prompt before its holes")
+    if text and "_" not in text:
+        raise ValueError(f"--text={text!r} has no hole: write a _ for each token to fill in")
+    if text:
+        rows = [torch.cat([torch.cat([encode(piece), hole(1)]) for piece in text.split("_")])[:-1]]
+    else:
+        prompts = [prompt]
+        if prompt_file:
+            with open(prompt_file, encoding="utf-8") as f:
+                prompts = f.read().splitlines()
+            if not prompts:
+                raise ValueError(f"prompt_file={prompt_file} is empty: write a prompt a line")
+        ends = encode(suffix)
+        rows = [torch.cat([start := encode(p), hole(length or max(1, T - len(start) - len(ends))), ends]) for p in prompts]
+    rows = [row for row in rows for _ in range(num_samples)]
+    lengths = torch.tensor([len(row) for row in rows])
+    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    return x, lengths if lengths.min() < x.shape[1] else None
 
 
 @torch.no_grad()
@@ -81,41 +120,35 @@ def main(cfg):
     saved = nets.load_checkpoint(ckpt)
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
-    if num_samples < 1 or length < 0 or temperature < 0:
-        raise ValueError("num_samples must be at least 1, length and temperature at least 0")
+    if num_samples < 1 or min(length, steps, block_size, top_k) < 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("num_samples must be at least 1; length, steps, block_size, top_k and temperature at least 0; top_p in (0, 1]")
     model, tokenizer = nets.from_pretrained(ckpt, saved).to(dev).eval(), data.Tokenizer(**saved["tokenizer"])
     train_keys = saved["config"]
-    task = tasks.chosen(train_keys)
-    if task and not prompt and not text:
+    task, trained = tasks.chosen(train_keys), train_keys.get("objective")
+    name = sampler or {"block": "block", "b3d": "block", "ar": "ar"}.get(trained, "confidence")
+    layout = "b3d" if trained == "b3d" else "block"
+    if (name == "ar") != (trained == "ar"):
+        raise ValueError(f"sampler={name} is not for a network trained with objective={trained or 'masked_mean'}: leave sampler out")
+    if task and not (prompt or suffix or prompt_file or text):
         source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
         x, masked, lengths = source.eval_rows(num_samples, seed)
-        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), lengths if lengths is None else lengths.to(dev)).cpu()
+        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
         for row in zip(x, masked, y):
             print(data.side_by_side(tokenizer, *row) + "\n")
         score = tasks.score(task, source.params, x.numpy(), y.numpy(), masked.numpy())
         print(f"{task}: accuracy {score['acc']:.4f}, exact {score['exact']:.4f} of {num_samples} rows")
         return
-    if text and prompt:
-        raise ValueError("give --prompt or --text, not both: --text may hold a prompt, followed by one _ for each character")
-    if text and "_" not in text:
-        raise ValueError(f"--text={text!r} has no hole: write a _ for each character to fill in")
-    encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
-    if text:
-        hole = torch.full((1,), model.mask_id)
-        x = torch.cat([torch.cat([encode(piece), hole]) for piece in text.split("_")])[:-1]
-    else:
-        start = encode(prompt)
-        x = torch.cat([start, torch.full((length or max(1, train_keys["seq_len"] - len(start)),), model.mask_id)])
-    x = x.to(dev).expand(num_samples, -1)
-    known = x != model.mask_id
-    y = fill(model, tokenizer, x, known)
-    for row, k in zip(y.tolist(), known.tolist()):
-        body = tokenizer.decode(row) if not sys.stdout.isatty() else "".join(
-            paint(c, "" if was else NEW) for c, was in zip(tokenizer.characters(row), k)).replace("⏎", "\n")
+    x, lengths = rows_of_text(tokenizer, model.mask_id, train_keys["seq_len"])
+    y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
+    for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
+        ids, eot = row[:n].tolist(), getattr(tokenizer, "eot_id", None)
+        ids = ids[:ids.index(eot) + 1] if eot in ids else ids                  # the text ends where it says so
+        body = tokenizer.decode(ids) if not sys.stdout.isatty() else "".join(
+            paint(c, "" if i != model.mask_id else NEW) for c, i in zip(tokenizer.characters(ids), was.tolist())).replace("⏎", "\n")
         print("---\n" + body)
 
 
 if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), show=False, families=("WKV_*",), choices=dict(
-            sampler=diffusion.SAMPLERS, wkv_impl=wkv_cuda.BACK_ENDS)))
+            sampler=["", *diffusion.SAMPLERS], wkv_impl=wkv_cuda.BACK_ENDS)))

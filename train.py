@@ -6,6 +6,7 @@
 """
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
 init_from = "scratch"       # scratch | resume (go on from out_dir/ckpt.pt) | path of a checkpoint or official RWKV-7 .pth
 train = True                # 0 = only evaluate (weights_path, else init_from, else out_dir/ckpt.pt)
 weights_path = ""           # also write the final checkpoint here; with train=0, evaluate this one
-data_path = ""              # a UTF-8 text file to learn, unless a task is set
+data_path = ""              # a UTF-8 text file to learn, unless a task is set; empty = Python's own standard library
 tokenizer = "byte"          # how text becomes tokens
 random_seed = 1337          # initialisation, batches and noise
 # the objective
@@ -41,6 +42,7 @@ objective = ""              # what is masked and how it is weighted; empty = tas
 schedule = "linear"         # masking rate m(t)
 # sizes
 seq_len = 128               # T, tokens in a row
+trim_rows = True            # tasks: cut off columns that are padding in every row of the batch
 batch_size = 64             # rows in the global batch of one optimizer step
 device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
 max_iters = 1000            # optimizer steps
@@ -58,7 +60,7 @@ weight_decay = 0.001        # adamw: the big matrices
 warmup_iters = 0            # steps of linear warm-up
 warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # largest gradient norm; 0 = no clipping
-dtype = "fp32"              # fp32 | bf16: matrix products (parameters and recurrence stay fp32)
+dtype = "auto"              # matrix products: fp32 | bf16 (parameters and recurrence stay fp32) | auto = bf16 where it is fast
 # evaluation and logging
 eval_interval = 200         # steps between evaluations and checkpoints
 eval_iters = 20             # batches of held-out text an evaluation takes
@@ -112,8 +114,9 @@ def defaults_for(cfg):
             cfg.default(key, trained[key], why=path)
         return
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
-    if cfg.direction == "block":           # the form that keeps the state which crosses blocks
-        cfg.default("dw_jrt_inject", "gate", why="direction")
+    for key, value in (("direction", cfg.direction), ("objective", cfg.objective)):
+        if value == "block":               # the form of DW-JRT that keeps the state which crosses blocks
+            cfg.default("dw_jrt_inject", "gate", why=key)
     if task := tasks.chosen(cfg.as_dict()):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
@@ -139,11 +142,9 @@ def open_source(cfg, saved):
     """The data: the chosen task, or data_path with the tokenizer of the checkpoint `saved`, if it has one."""
     old = saved.get("tokenizer")
     if task := tasks.chosen(cfg.as_dict()):
-        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len)
-    elif data_path:
-        source = data.TextSource(data_path, seq_len, data.Tokenizer(**old) if old else tokenizer)
+        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len, trim_rows)
     else:
-        raise ValueError("nothing to learn: set a task (STRUCT_TASK=1) or a text file (DATA_PATH=input.txt)")
+        source = data.TextSource(data_path, seq_len, data.Tokenizer(**old) if old else tokenizer)
     if old and old != source.tokenizer.state():
         raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
                          f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
@@ -167,12 +168,12 @@ def build_model(cfg, source, path, saved):
 
 
 @torch.no_grad()
-def evaluate(denoise, source, mask_id, device, step):
+def evaluate(denoise, source, bound, mask_id, device, step):
     """-> ({"val_loss": ..., and acc and exact for a task, or bits_per_char with its standard error}, sample to print)."""
     if isinstance(source, data.TaskSource):
         seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
         x, masked, lengths = source.eval_rows(struct_eval_n, seed)
-        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), n if n is None else n.to(device)).cpu()
+        logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), lengths=n if n is None else n.to(device)).logits.cpu()
                             for a, m, n in data.split(batch_size, x, masked, lengths)])
         loss = torch.nn.functional.cross_entropy(logits[masked], x[masked]).item()
         pred = torch.where(masked, logits.argmax(-1), x)
@@ -180,10 +181,10 @@ def evaluate(denoise, source, mask_id, device, step):
         return {"val_loss": loss, **{f"{source.name}_{k}": v for k, v in score.items()}}, (x[0], masked[0], pred[0])
     x, _, _ = source.eval_rows(eval_iters * batch_size)
     g = data.generator(struct_eval_seed, 0, 2)
-    nats = torch.cat([diffusion.exact_count_bound(denoise, a.to(device), mask_id, g).cpu() for a in x.split(batch_size)])
+    nats = torch.cat([bound(denoise, a.to(device), mask_id, g).cpu() for a in x.split(batch_size)])
     to_bits = 1 / (math.log(2) * source.chars_per_token)
     masked = torch.rand(x[0].shape, generator=g) < 0.3
-    pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device))[0].argmax(-1).cpu(), x[0])
+    pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device)).logits[0].argmax(-1).cpu(), x[0])
     return {"val_loss": nats.mean().item(), "bits_per_char": nats.mean().item() * to_bits,
             "bits_per_char_se": nats.std().item() / len(nats) ** 0.5 * to_bits, "windows": len(nats)}, (x[0], masked, pred)
 
@@ -194,11 +195,32 @@ def log_header(cfg, model, device):
                          cwd=os.path.dirname(os.path.abspath(__file__)))
     return {"event": "start", "parameters": sum(p.numel() for p in model.parameters()), "git": git.stdout.strip() or "none",
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
+            "dtype": "bf16" if autocast(device)._enabled else "fp32",
             "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
 
 
 def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16" or dtype == "auto" and nets.fast_bf16(device))
+
+
+class Learner(torch.nn.Module):
+    """The network and its loss as one module: one forward of DistributedDataParallel, however often the loss calls the network."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x, masked, weight, lengths):
+        return self.loss(self.model, x, masked, weight, lengths=lengths)
+
+
+def check_objective(chosen, source, cfg):
+    """ValueError where an objective would measure nothing meaningful on this network or these data."""
+    name = next(k for k, row in diffusion.OBJECTIVES.items() if row is chosen)
+    if name in ("ar", "b3d") and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
+        raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
+    if name in ("block", "b3d", "ar") and isinstance(source, data.TaskSource):
+        raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
 
 
 def move_aside(path, tell):
@@ -214,7 +236,7 @@ def finish(source, model, denoise, device, tell):
     x = source.eval_rows(1, struct_eval_seed)[0]
     if mem_check:
         known = torch.arange(x.shape[1]) < prompt_len
-        pred = torch.where(known, x, denoise(diffusion.mask_tokens(x, ~known, model.mask_id).to(device)).argmax(-1).cpu())
+        pred = torch.where(known, x, denoise(diffusion.mask_tokens(x, ~known, model.mask_id).to(device)).logits.argmax(-1).cpu())
         tell(f"MEM acc: {(pred == x)[:, prompt_len:].float().mean():.4f}")
         tell(f"GT:\n{source.tokenizer.decode(x[0])}\nPR:\n{source.tokenizer.decode(pred[0])}")
     if log_output:
@@ -254,12 +276,14 @@ def main(cfg):
 
     if world > 1:
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-    ddp = DistributedDataParallel(model) if world > 1 else model
-
-    def denoise(x, lengths=None):
+    def denoise(*args, **options):
         with autocast(dev):
-            return model(x, lengths=lengths).logits
-    objective_row = diffusion.OBJECTIVES[objective or source.objective]
+            return model(*args, **options)
+    chosen = diffusion.OBJECTIVES[objective or source.objective]
+    check_objective(chosen, source, model.cfg)
+    bound = functools.partial(chosen.bound, n=model.cfg.block_size)
+    learner = Learner(model, functools.partial(chosen.loss, mask_id=model.mask_id, n=model.cfg.block_size))
+    learner = DistributedDataParallel(learner) if world > 1 else learner
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     start = 0
@@ -282,7 +306,7 @@ def main(cfg):
 
     def report(step):
         """Evaluate, print, log -> the metrics."""
-        metrics, sample = evaluate(denoise, source, model.mask_id, dev, step)
+        metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
         record(event="eval", step=step, **metrics)
         tell(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         if log_sample:
@@ -299,8 +323,8 @@ def main(cfg):
         report(saved.get("step", 0))
         return finish(source, model, denoise, dev, tell)
 
-    batches = data.make_batches(source, objective_row, schedule, diffusion.stratified, batch_size, micro, random_seed,
-                                start, rank, world)
+    noise = functools.partial(chosen.noise, schedule=schedule, n=model.cfg.block_size)
+    batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
     saved_at, clock, since = start if start else None, time.perf_counter(), start
     for step in bar:
@@ -324,9 +348,9 @@ def main(cfg):
         for i, part in enumerate(parts):
             x, masked, weight, lengths = (z if z is None else z.to(dev, non_blocking=True) for z in part)
             last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+            with contextlib.nullcontext() if last or world == 1 else learner.no_sync():
                 with autocast(dev):
-                    term = diffusion.denoising_loss(lambda z: ddp(z, lengths=lengths).logits, x, masked, weight, model.mask_id) / total
+                    term = learner(x, masked, weight, lengths) / total
                 (term * world).backward()      # times world, because DDP takes the mean over processes
             loss += term.detach()
         if world > 1:
@@ -366,4 +390,4 @@ if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES,
-                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))
+                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))

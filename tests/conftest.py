@@ -23,5 +23,5 @@ def run(tmp_path):
     def call(script, *options, **env):
         clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")}
         return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, options)], cwd=tmp_path, text=True,
-                              capture_output=True, env=clean | {k: str(v) for k, v in env.items()})
+                              capture_output=True, timeout=120, env=clean | {k: str(v) for k, v in env.items()})
     return call

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import wkv_cuda
 from wkv_cuda import shift_mix, squared_relu, wkv7_inputs, wkv7_output
 
@@ -147,9 +148,97 @@ def test_bfloat16_views_and_unused_outputs(op, impl):
             assert (views[n].grad.double() - z.grad).norm() / z.grad.norm() < 1e-2, n
 
 
+HALVES = {"shift_mix": (), "wkv7_inputs": ROWS, "wkv7_output": ("r", "g"), "squared_relu": ("x",)}   # bfloat16 under autocast
+
+
+def autocast_case(op, *args, **kwargs):
+    """As `case`, the named tensors being bfloat16 as the linears give them, the others float32."""
+    f, x = case(op, *args, **kwargs)
+    return f, {n: z.bfloat16() if n in HALVES[op.split()[0]] else z.float() for n, z in x.items()}
+
+
+def under_autocast(f, x):
+    """-> outputs and gradients, each in the dtype it comes in, for output gradients that both dtypes hold exactly."""
+    leaf = {n: z.detach().clone().requires_grad_() for n, z in x.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = f(**leaf)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    g = torch.Generator().manual_seed(3)
+    torch.autograd.backward(out, [torch.randn(z.shape, generator=g).bfloat16().to(z.dtype) for z in out])
+    return {f"output {i}": z.detach() for i, z in enumerate(out)}, {"d" + n: z.grad for n, z in leaf.items()}
+
+
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize("B,T,N,C", [(2, 1, 16, 48), (3, 7, 32, 128), (3, 45, 64, 64), (2, 9, 128, 768)])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_reads_and_writes_bfloat16(op, B, T, N, C, some, impl):
+    f, x = autocast_case(op, B, T, N, C, some)
+    (out, grads), want = under_autocast(f, x), under_autocast(f, {n: z.double() for n, z in x.items()})
+    close(out, want[0], 4e-3)
+    close(grads, want[1], 2e-2)
+    dtypes = [torch.float32] * 5 if op == "wkv7_inputs" else [torch.bfloat16] * len(out)
+    if op == "wkv7_inputs" and not some:
+        dtypes[2] = torch.bfloat16                                   # v comes back as it was given
+    assert [z.dtype for z in out.values()] == dtypes
+    assert {n: g.dtype for n, g in grads.items()} == {"d" + n: z.dtype for n, z in x.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_gradients_accumulate(op, impl):
+    f, x = autocast_case(op)
+    once = under_autocast(f, x)[1]
+    leaf = {n: z.requires_grad_() for n, z in x.items()}
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = f(**leaf)
+        out = list(out) if isinstance(out, (list, tuple)) else [out]
+        g = torch.Generator().manual_seed(3)
+        torch.autograd.backward(out, [torch.randn(z.shape, generator=g).bfloat16().to(z.dtype) for z in out])
+    assert all(torch.equal(z.grad, 2 * once["d" + n]) for n, z in leaf.items())
+
+
+def test_any_mixture_of_dtypes(impl):
+    for op in ("wkv7_inputs", "wkv7_output"):
+        f, x = case(op)
+        x = {n: z.to((torch.bfloat16, torch.float32, torch.float16)[i % 3]) for i, (n, z) in enumerate(x.items())}
+        found, want = under_autocast(f, x), under_autocast(f, {n: z.double() for n, z in x.items()})
+        close(found[0], want[0], 4e-3)
+        close(found[1], want[1], 2e-2)
+        assert all(found[1]["d" + n].dtype == z.dtype for n, z in x.items())
+
+
+def test_rounding_to_bfloat16(monkeypatch):
+    """To nearest, ties to even, as torch rounds; NaN stays NaN whatever its bits, infinity infinity."""
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    edge = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x00018000, 0])
+    x = torch.cat([edge, edge - 2**31, torch.randint(-2**31, 2**31, (2**16 - 20,))]).int().view(torch.float32).view(1, -1, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, = shift_mix(x, None, torch.zeros(64))
+    known = x + 0 * (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x)              # what the mix makes of infinities
+    assert y.dtype == torch.bfloat16 and torch.equal(y.isnan(), known.isnan())
+    assert torch.equal(y[~y.isnan()], known.bfloat16()[~y.isnan()])
+
+
+def test_denoiser_under_autocast(impl):
+    torch.manual_seed(0)
+    m = model.Denoiser(model.ModelConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=11))
+    for p in m.parameters():                                         # leave the zeros of initialisation
+        p.data += 0.05 * torch.randn_like(p)
+    x, lengths = torch.randint(0, 12, (3, 37)), torch.tensor([37, 20, 1])
+    exact = m(x, lengths=lengths).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = m(x, lengths=lengths).logits
+    real = torch.arange(37) < lengths[:, None]
+    assert (logits - exact)[real].norm() / exact[real].norm() < 3e-2
+    logits.square().sum().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("some", [True, False])
 @pytest.mark.parametrize("op", OPS)
-def test_operator_registration(op, some, monkeypatch):
+def test_operator_registration(op, some, half, monkeypatch):
     """opcheck on every operator that a compiled function calls, with what it is given there."""
     monkeypatch.setenv("WKV_IMPL", "cpp")
     wkv_cuda.backend("cpu")
@@ -162,9 +251,11 @@ def test_operator_registration(op, some, monkeypatch):
             if f.namespace == "nanodir":
                 called.append((f, args))
             return f(*args, **(kwargs or {}))
-    f, x = case(op, some=some)
     with Record():
-        outputs_and_gradients(f, x, torch.float32)
+        if half:
+            under_autocast(*autocast_case(op, some=some))
+        else:
+            outputs_and_gradients(*case(op, some=some), torch.float32)
     monkeypatch.undo()
     assert [f._opname for f, _ in called] == [op.split()[0], op.split()[0] + "_backward"]
     for f, args in called:
@@ -183,6 +274,11 @@ def test_compile_sees_through(monkeypatch):
     compiled = outputs_and_gradients(torch.compile(all_four, fullgraph=True, backend="aot_eager"), x, torch.float32)
     for found, want in zip(compiled, outputs_and_gradients(all_four, x, torch.float32)):
         assert found.keys() == want.keys() and all(torch.allclose(found[n], want[n], rtol=1e-4, atol=1e-4) for n in want)
+    x = {n: z.bfloat16() if n in ROWS else z.float() for n, z in x.items()}
+    compiled = under_autocast(torch.compile(all_four, fullgraph=True, backend="aot_eager"), x)
+    for found, want in zip(compiled, under_autocast(all_four, x)):
+        assert {n: z.dtype for n, z in found.items()} == {n: z.dtype for n, z in want.items()}
+        assert all((found[n] - z).norm() <= 1e-2 * z.norm() for n, z in want.items())
 
 
 @pytest.mark.parametrize("op,change,words", [

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from diffusion import OBJECTIVES, SAMPLERS, SCHEDULES, denoising_loss, draw, exact_count_bound, extend, mask_tokens, stratified
+import diffusion
+from diffusion import OBJECTIVES, SAMPLERS, SCHEDULES, Logits, draw, extend, guided, mask_tokens, stratified
+from model import Denoiser, ModelConfig
 
 SEED = lambda n=0: torch.Generator().manual_seed(n)
 
@@ -30,22 +32,22 @@ def test_objectives_by_hand():
     maskable = torch.tensor([[True, True, False, True], [True, True, True, True]])
     t, noise = torch.tensor([0.5, 0.25]), torch.tensor([[0.4, 0.6, 0.1, 0.2], [0.2, 0.3, 0.26, 0.9]])
     hidden = torch.tensor([[True, False, False, True], [True, False, False, False]])
-    masked, weight, total = OBJECTIVES["masked_mean"](maskable, t, noise, "linear")
+    masked, weight, total = OBJECTIVES["masked_mean"].noise(maskable, t, noise, "linear", 4)
     assert torch.equal(masked, hidden) and weight == 1 and total == 3
-    masked, weight, total = OBJECTIVES["elbo"](maskable, t, noise, "linear")
+    masked, weight, total = OBJECTIVES["elbo"].noise(maskable, t, noise, "linear", 4)
     assert torch.equal(masked, hidden) and weight.flatten().tolist() == [2, 4] and total == 7
-    masked, _, total = OBJECTIVES["task"](maskable, t, noise, "linear")
+    masked, _, total = OBJECTIVES["task"].noise(maskable, t, noise, "linear", 4)
     assert torch.equal(masked, maskable) and total == 7
 
 
 def test_denoising_loss_by_hand():
     """Two symbols; the denoiser says 3/4 for symbol 1 wherever it is asked."""
     seen = []
-    def denoise(x):
+    def denoise(x, **options):
         seen.append(x)
-        return torch.tensor([0.25, 0.75]).log().expand(*x.shape, 2)
+        return Logits(torch.tensor([0.25, 0.75]).log().expand(*x.shape, 2))
     x, masked = torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]])
-    loss = denoising_loss(denoise, x, masked, torch.tensor([[2.0]]), 2)
+    loss = diffusion.in_one_pass(denoise, x, masked, torch.tensor([[2.0]]), 2)
     assert loss.item() == pytest.approx(2 * (-math.log(0.75) - math.log(0.25)))
     assert seen[0].tolist() == [[2, 2, 1]]
 
@@ -56,11 +58,11 @@ STRINGS = torch.tensor(list(itertools.product(range(3), repeat=4)))
 PROBABILITY = START[STRINGS[:, 0]] * torch.stack([STEP[STRINGS[:, i], STRINGS[:, i + 1]] for i in range(3)]).prod(0)
 
 
-def perfect(x):
+def perfect(x, **options):
     """The exact marginals of every token given the visible ones."""
     fits = ((x[:, None] == STRINGS) | (x[:, None] == 3)).all(-1) * PROBABILITY               # (B, 81)
     onehot = torch.nn.functional.one_hot(STRINGS, 3).float()
-    return torch.einsum("bs,stv->btv", fits / fits.sum(1, keepdim=True), onehot).clamp_min(1e-12).log()
+    return Logits(torch.einsum("bs,stv->btv", fits / fits.sum(1, keepdim=True), onehot).clamp_min(1e-12).log())
 
 
 def exhaustive_bound(x):
@@ -71,14 +73,14 @@ def exhaustive_bound(x):
         for s in subsets:
             masked = torch.zeros(x.shape, dtype=torch.bool)
             masked[:, list(s)] = True
-            ce = -perfect(mask_tokens(x, masked, 3)).gather(-1, x[..., None])[..., 0]
+            ce = -perfect(mask_tokens(x, masked, 3)).logits.gather(-1, x[..., None])[..., 0]
             value += (ce * masked).sum(1) / k / len(subsets) / T
     return value
 
 
 def test_the_bound_is_unbiased_and_above_the_entropy():
     x = STRINGS[torch.multinomial(PROBABILITY, 6000, replacement=True, generator=SEED(1))]
-    found = exact_count_bound(perfect, x, 3, SEED(2))
+    found = OBJECTIVES["elbo"].bound(perfect, x, 3, SEED(2))
     exact, entropy = exhaustive_bound(x).mean(), -PROBABILITY[(STRINGS[:, None] == x[None]).all(-1).int().argmax(0)].log().mean() / 4
     se = found.std() / len(x) ** 0.5
     assert abs(found.mean() - exact) < 3 * se
@@ -93,37 +95,49 @@ def test_the_bound_is_unbiased_and_above_the_entropy():
 def test_the_elbo_objective_agrees_with_the_exact_count_bound(schedule):
     x = STRINGS[torch.multinomial(PROBABILITY, 20000, replacement=True, generator=SEED(3))]
     t = stratified(len(x), SEED(4)).clamp_min(1e-3)
-    masked, weight, total = OBJECTIVES["elbo"](torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), schedule)
-    value = denoising_loss(perfect, x, masked, weight, 3) / total
+    masked, weight, total = OBJECTIVES["elbo"].noise(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), schedule, 4)
+    value = diffusion.in_one_pass(perfect, x, masked, weight, 3) / total
     assert value.item() == pytest.approx(exhaustive_bound(x).mean().item(), rel=0.03)
 
 
 def test_draw_frequencies_temperature_and_top_k():
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(1, 40000, 3)
     share = lambda **o: torch.bincount(draw(logits, generator=SEED(), **o)[0][0], minlength=3) / 40000
-    assert torch.allclose(share(temperature=1.0, top_k=0), torch.tensor([0.6, 0.3, 0.1]), atol=0.01)
+    assert torch.allclose(share(temperature=1.0, top_k=0, top_p=1), torch.tensor([0.6, 0.3, 0.1]), atol=0.01)
     sharp = torch.tensor([0.6, 0.3, 0.1]) ** 2
-    assert torch.allclose(share(temperature=0.5, top_k=0), sharp / sharp.sum(), atol=0.01)
-    assert torch.allclose(share(temperature=1.0, top_k=2), torch.tensor([2 / 3, 1 / 3, 0]), atol=0.01)
-    token, sure = draw(logits, 0.0, 0, None)
+    assert torch.allclose(share(temperature=0.5, top_k=0, top_p=1), sharp / sharp.sum(), atol=0.01)
+    assert torch.allclose(share(temperature=1.0, top_k=2, top_p=1), torch.tensor([2 / 3, 1 / 3, 0]), atol=0.01)
+    assert torch.allclose(share(temperature=1.0, top_k=0, top_p=0.8), torch.tensor([2 / 3, 1 / 3, 0]), atol=0.01)
+    assert torch.allclose(share(temperature=1.0, top_k=0, top_p=0.5), torch.tensor([1.0, 0, 0]), atol=0.01)
+    token, sure = draw(logits, 0.0, 0, 1, None)
     assert (token == 0).all() and torch.allclose(sure, torch.tensor(0.6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+WHOLE = [name for name in SAMPLERS if name not in ("block", "ar")]
+
+
+def noise_net(V):
+    """A denoiser that knows nothing but is the same for the same input."""
+    return lambda z, **options: Logits(torch.randn(*z.shape, V, generator=SEED(int(z.sum()))))
+
+
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("length", [1, 5, 16])
 @pytest.mark.parametrize("steps", [0, 1, 3, 7, 40])
 def test_every_sampler_fills_everything_and_keeps_what_is_known(name, length, steps):
     x, known = torch.randint(7, (3, length), generator=SEED(8)), torch.rand(3, length, generator=SEED(9)) < 0.4
     known[0] = True                                                    # a row with nothing to do
-    calls = []
+    calls, net = [], noise_net(7)
     def denoise(z):
         calls.append(z)
-        return torch.randn(*z.shape, 7, generator=SEED(int(z.sum())))
+        return net(z)
     sample = lambda: SAMPLERS[name](denoise, x, known, 7, SEED(10), steps=steps, threshold=0.8)
     y = sample()
     used = len(calls)
     assert (y[known] == x[known]).all() and ((0 <= y) & (y < 7)).all()
-    assert used <= (min(steps, length) if steps else length)
+    assert used <= (steps or length)
+    if name in ("topk", "first_hitting") and not steps:
+        assert used == (~known).sum(1).max()                           # one token a call
     assert torch.equal(y, sample())
 
 
@@ -133,7 +147,8 @@ def test_confidence_follows_the_threshold():
     calls = []
     for scale, want in ((50.0, 1), (0.0, 6)):
         calls.clear()
-        SAMPLERS["confidence"](lambda z: calls.append(1) or scale * torch.nn.functional.one_hot(z * 0 + 2, 4).float(), x, known, 4, SEED())
+        SAMPLERS["confidence"](lambda z: calls.append(1) or Logits(scale * torch.nn.functional.one_hot(z * 0 + 2, 4).float()), x, known, 4,
+                               SEED())
         assert len(calls) == want
 
 
@@ -145,8 +160,174 @@ def test_confidence_prefers_likely_strings():
 
 
 def test_extend_goes_past_the_window():
-    denoise = lambda z: torch.randn(*z.shape, 7, generator=SEED(int(z.sum())))
+    denoise = noise_net(7)
     prompt = torch.randint(7, (2, 5), generator=SEED(1))
     for n in (1, 8, 30):
         y = extend(denoise, prompt, n, 8, 7, SEED(2))
         assert y.shape == (2, 5 + n) and torch.equal(y[:, :5], prompt) and (y < 7).all()
+
+
+@pytest.mark.parametrize("name", ["ancestral", "first_hitting"])
+def test_unbiased_samplers_give_the_source_for_a_perfect_denoiser(name):
+    """One token a call, any order: the chain rule. `confidence` and `topk` sharpen instead, see above."""
+    nothing = torch.zeros(20000, 4, dtype=torch.bool)
+    rows = SAMPLERS[name](perfect, nothing.long(), nothing, 3, SEED(1), steps=0 if name == "first_hitting" else 200)
+    share = torch.bincount((STRINGS[:, None] == rows).all(-1).int().argmax(0), minlength=81) / 20000
+    assert (share - PROBABILITY).abs().max() < 0.015 and (share - PROBABILITY).abs().sum() < 0.12
+
+
+def test_guidance_by_hand():
+    x, known = torch.tensor([[0, 1, 3]]), torch.tensor([[True, False, False]])
+    denoise = lambda z, **options: Logits(torch.nn.functional.one_hot(z, 4).float())
+    assert guided(denoise, known, 3, 1) is denoise
+    found = guided(denoise, known, 3, 2.0)(x).logits
+    assert found[0].tolist() == [[2, 0, 0, -1], [0, 1, 0, 0], [0, 0, 0, 1]]
+
+
+# ---- with a small network: exact likelihoods, and block diffusion whose training state is its inference state ----
+
+SMALL = ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=3, block_size=4)
+BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "two-way": dict(direction="block"),
+             "two-way, dw_jrt": dict(direction="block", dw_jrt=True, dw_jrt_inject="gate", fusion="concat"),
+             "time": dict(direction="bidirectional", time_cond="film"), "attention": dict(mixer="attention", direction="block"),
+             "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift=False),
+             "hybrid": dict(mixer="attention,rwkv7", direction="block")}
+
+
+def network(n=4, **changes):
+    net = Denoiser(ModelConfig(**{**vars(SMALL), **changes, "block_size": n}))
+    for name, p in net.named_parameters():
+        p.data += torch.randn(p.shape, generator=SEED(len(name))) * (0.5 if name == "emb.weight" else 0.1)
+    return net.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name,changes,n", [("ar", {}, 0), ("ar", dict(mixer="attention", direction="causal"), 0)]
+                         + [("block", changes, 1) for changes in BLOCKWISE.values()])
+def test_probabilities_of_all_strings_sum_to_1(name, changes, n):
+    nll = OBJECTIVES[name].bound(network(n or 4, **changes), STRINGS, 3, SEED(), n=n) * 4
+    assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-6 if "mixer" not in changes else 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name,n", [("elbo", 4), ("block", 2), ("block", 3), ("block", 4)])
+def test_bounds_on_a_source_of_known_entropy(name, n):
+    """The estimator against all masks, for an untrained network: the mean within 3 standard errors, and above the entropy."""
+    net = network(n, direction="block" if name == "block" else "bidirectional")
+    x = STRINGS[torch.multinomial(PROBABILITY, 4000, replacement=True, generator=SEED(1))]
+    found, exact = OBJECTIVES[name].bound(net, x, 3, SEED(2), n=n), torch.zeros(81)
+    spans = [(0, 4)] if name == "elbo" else [(i, min(i + n, 4)) for i in range(0, 4, n)]
+    for lo, hi in spans:
+        for k in range(1, hi - lo + 1):
+            subsets = list(itertools.combinations(range(lo, hi), k))
+            for s in subsets:
+                masked = torch.zeros(81, 4, dtype=torch.bool)
+                masked[:, list(s)] = True
+                logits = net(mask_tokens(STRINGS, masked, 3)).logits if name == "elbo" else recomputed(net, STRINGS, masked, lo, hi)
+                ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), STRINGS.flatten(), reduction="none").view(81, 4)
+                exact += (ce * masked).sum(1) / k / len(subsets) / 4
+    truth = (PROBABILITY * exact).sum()
+    assert abs(found.mean() - truth) < 3 * found.std() / 4000**0.5
+    assert truth > -(PROBABILITY * PROBABILITY.log()).sum() / 4
+
+
+def recomputed(net, x, masked, lo, hi):
+    """Logits of one block, its state from reading the clean text before it again."""
+    state = net(x[:, :lo], clean=True).state if lo else None
+    out = torch.zeros(*x.shape, 3)
+    out[:, lo:hi] = net(mask_tokens(x, masked, 3)[:, lo:hi], state=state).logits
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BLOCKWISE)
+@pytest.mark.parametrize("T", [12, 10, 4, 3])
+def test_all_blocks_at_once_equal_block_by_block(name, T):
+    """What training sees is what sampling sees: the state of finished text, carried from block to block."""
+    net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, T), generator=SEED(3))
+    masked = torch.rand(2, T, generator=SEED(4)) < 0.6
+    whole = diffusion.block_logits(net, x, masked, 3, 4)
+    noisy, state = mask_tokens(x, masked, 3), None
+    for lo in range(0, T, 4):
+        assert torch.allclose(net(noisy[:, lo:lo + 4], state=state).logits, whole[:, lo:lo + 4], atol=1e-5)
+        assert torch.allclose(recomputed(net, x, masked, lo, min(lo + 4, T))[:, lo:lo + 4], whole[:, lo:lo + 4], atol=1e-5)
+        state = net(x[:, lo:lo + 4], state=state, clean=True).state
+
+
+@pytest.mark.parametrize("name", ["two-way, dw_jrt", "attention"])
+def test_block_loss_reaches_every_parameter_and_no_later_block(name):
+    net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, 12), generator=SEED(3))
+    masked = torch.rand(2, 12, generator=SEED(4)) < 0.6
+    diffusion.in_blocks(net, x, masked, 1.0, 3, n=4).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in net.named_parameters() if not n.endswith("blocks.0.att.v0"))
+    before = diffusion.block_logits(net, x, masked, 3, 4)
+    for at in range(12):                                               # a clean token changes the blocks after its own, masked or not
+        y = x.clone()
+        y[:, at] = (y[:, at] + 1) % 3
+        changed = (diffusion.block_logits(net, y, masked | (torch.arange(12) == at), 3, 4)
+                   != diffusion.block_logits(net, x, masked | (torch.arange(12) == at), 3, 4)).any(-1).any(0)
+        assert not changed[:(at // 4 + 1) * 4].any() and changed[(at // 4 + 1) * 4:].all()
+    assert torch.isfinite(before).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["two-way, dw_jrt", "attention"])
+@pytest.mark.parametrize("B", [1, 8])
+def test_the_cache_after_many_blocks_equals_reading_everything_again(name, B):
+    """After 1, 10 and 100 blocks, with prompts of different lengths."""
+    net, n = network(**BLOCKWISE[name]), 4
+    start = torch.randint(1, 9, (B,), generator=SEED(5))
+    text = torch.randint(3, (B, 8 + 100 * n), generator=SEED(6))
+    probe, rows = torch.full((B, n), 3), torch.arange(B)[:, None]
+    state = diffusion.prefix_state(net, text[:, :int(start.max())], start)
+    for blocks in range(1, 101):
+        piece = text[rows, start[:, None] + (blocks - 1) * n + torch.arange(n)]
+        state = net(piece, state=state, clean=True).state
+        if blocks in (1, 10, 100):
+            cached = net(probe, state=state).logits
+            for i, s in enumerate(start.tolist()):
+                if "attention" in name:                                # its blocks count from where they began
+                    fresh = net(text[i:i + 1, :s], clean=True).state
+                    for lo in range(s, s + blocks * n, n):
+                        fresh = net(text[i:i + 1, lo:lo + n], state=fresh, clean=True).state
+                else:
+                    fresh = net(text[i:i + 1, :s + blocks * n], clean=True).state
+                assert (net(probe[:1], state=fresh).logits - cached[i]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 3, 4, 16])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("layout", ["block", "b3d"])
+@pytest.mark.parametrize("inner", WHOLE)
+def test_block_sampling_fills_everything_and_keeps_what_is_known(n, steps, layout, inner):
+    net = network(n, **BLOCKWISE["causal" if layout == "b3d" else "two-way"])
+    x, known = torch.randint(3, (3, 11), generator=SEED(8)), torch.zeros(3, 11, dtype=torch.bool)
+    known[0, :5] = known[1, :2] = known[1, 7:9] = True                   # unequal prompts, one row with none, a known part further on
+    sample = lambda: SAMPLERS["block"](net, x, known, 3, SEED(1), block_size=n, inner=inner, steps=steps, layout=layout)
+    y = sample()
+    assert y.shape == x.shape and (y[known] == x[known]).all() and ((0 <= y) & (y < 3)).all() and torch.equal(y, sample())
+
+
+@torch.no_grad()
+def test_samplers_stop_at_the_end_of_text():
+    nothing = torch.zeros(2, 20, dtype=torch.bool)
+    for name, net, options in (("block", network(4, direction="block"), dict(block_size=4)), ("ar", network(), {})):
+        calls = []
+        def denoise(*args, **kw):
+            calls.append(1)
+            return net(*args, **kw)
+        y = SAMPLERS[name](denoise, nothing.long(), nothing, 3, SEED(1), eot=2, **options)
+        for row in y.tolist():
+            if 2 in row:
+                assert set(row[row.index(2):]) == {2}
+        assert (y != 3).all()
+
+
+@torch.no_grad()
+def test_ar_sampling_follows_the_exact_probabilities():
+    net, nothing = network(), torch.zeros(20000, 4, dtype=torch.bool)
+    rows = SAMPLERS["ar"](net, nothing.long(), nothing, 3, SEED(1))
+    share = torch.bincount((STRINGS[:, None] == rows).all(-1).int().argmax(0), minlength=81) / 20000
+    truth = (-4 * OBJECTIVES["ar"].bound(net, STRINGS, 3)).exp()
+    assert (share - truth).abs().max() < 0.015 and (share - truth).abs().sum() < 0.12

@@ -65,7 +65,7 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
 
 
 def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path):
-    settings = TINY | dict(STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10)
+    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10)
     ok(run("train.py", "--out_dir=one", **settings))
     ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
     env = {k: v for k, v in os.environ.items()} | {k: str(v) for k, v in settings.items()}
@@ -110,6 +110,11 @@ def test_text_end_to_end(run, tmp_path):
     ok(run("train.py", "--out_dir=fine", "--init_from=out/ckpt.pt", "--objective=elbo", "--dtype=bf16", "--max_iters=2", **{k: v for k, v in small.items() if k != "MAX_ITERS"}))
 
 
+def test_with_no_data_at_all_it_learns_the_standard_library(run, tmp_path):
+    shown = ok(run("train.py", MAX_ITERS=1, N_LAYER=1, N_EMBD=32, BATCH_SIZE=4, SEQ_LEN=16, EVAL_ITERS=1, WKV_IMPL="torch", THREADS=1))
+    assert "standard library: " in shown and "bits per char" in shown
+
+
 @pytest.mark.parametrize("options,env,words", [
     (["--n_layers=3"], TINY, "did you mean 'n_layer'"),
     (["--max_iters=many"], TINY, "max_iters = 'many'"),
@@ -126,7 +131,6 @@ def test_text_end_to_end(run, tmp_path):
     (["--out_dir=/proc/nowhere"], TINY, "/proc/nowhere"),
     (["--max_iters=0"], TINY, "max_iters=0"),
     ([], dict(DATA_PATH="no.txt"), "no.txt: No such file"),
-    ([], {}, "set a task"),
     ([], TINY | dict(WKV_IMPL="cpp", CXX="no-such-compiler", TORCH_EXTENSIONS_DIR="ext"), "no-such-compiler"),
     ([], TINY | dict(WKV_IMPL="cpu"), "must be one of auto"),
     (["--muon_lr=inf"], TINY, "the loss is nan at step"),

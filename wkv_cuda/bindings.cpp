@@ -20,10 +20,13 @@ constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = 
 
 // An empty tensor stands for None.
 void run(std::string name, std::vector<int64_t> numbers, double eps, std::vector<torch::stable::Tensor> tensors) {
-  std::vector<float*> buffers;
-  for (const auto& x : tensors) buffers.push_back(x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr);
+  Call call{numbers.data(), eps, {}, {}};
+  for (const auto& x : tensors) {
+    call.buffers.push_back(x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr);
+    call.half.push_back(x.scalar_type() == torch::headeronly::ScalarType::BFloat16);
+  }
   for (const auto& row : KERNELS)
-    if (name == row.name) return row.kernel({numbers.data(), eps, buffers.data()});
+    if (name == row.name) return row.kernel(call);
   STD_TORCH_CHECK(false, "there is no kernel of this name");
 }
 

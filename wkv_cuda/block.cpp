@@ -1,7 +1,6 @@
 // The memory-bound elementwise parts of a block on the CPU, each one pass over its rows forward and one backward: token shift,
 // what goes into the recurrence and what comes out of it, squared ReLU. The formulas are in block.py.
 #include <cmath>
-#include <vector>
 #include "kernels.h"
 
 namespace {
@@ -11,6 +10,12 @@ struct ShiftMix {
   int64_t B, T, C, n, back;
   const float *x, *last, *mix;                           // last may be null; mix (n,C)
   float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
+
+  static ShiftMix of(const Call& call) {
+    auto p = call.as<ShiftMix>(5);
+    p.outs = call.buffers.data() + 6;
+    return p;
+  }
 };
 
 struct Wkv7Inputs {
@@ -20,29 +25,99 @@ struct Wkv7Inputs {
   float *w_out, *k_out, *a_out, *b_out, *v_out;          // backward reads w_out, but not w and w0
   const float *dw_out, *dk_out, *da_out, *db_out, *dv_out;
   float *dw, *da, *dk, *sums, *dv, *dgate, *dv_first;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
+
+  static Wkv7Inputs of(const Call& call) { return call.as<Wkv7Inputs>(4); }
 };
 
 struct Wkv7Output {
   int64_t rows, C, N, back;
-  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias;
-  float *out;
-  const float *dout;
-  float *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
+  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias, *dout;
+  float *out, *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
   double eps;
+
+  static Wkv7Output of(const Call& call) {
+    auto p = call.as<Wkv7Output>(4);
+    p.eps = call.eps;
+    return p;
+  }
 };
 
-// Forward: f(lo, hi) for ranges of rows, none so short that starting a thread costs more than it saves.
-template <class F>
-void over_rows(int64_t rows, int64_t C, const F& f) { parallel_for(rows, std::max<int64_t>(1, 8192 / C), f); }
+struct SquaredReLU {
+  int64_t n;
+  const float *x, *dy;                                   // dy null: forward
+  float* y;
 
-// Backward: f(lo, hi, part) for ranges of rows whose number depends on `rows` alone. Each adds its share of the parameters' gradients
+  static SquaredReLU of(const Call& call) { return call.as<SquaredReLU>(1); }
+};
+
+// A kernel's rows, and those of its buffers that may hold bfloat16: (rows,C), from the index `written` on outputs.
+struct Rows {
+  const Call& call;
+  int64_t rows, C;
+  size_t written;
+  int64_t beyond = 0;                                    // rows that are read after the last one of a range
+};
+
+void widen(const uint16_t* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t x = uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &x, 4);
+  }
+}
+
+void narrow(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t x;
+    std::memcpy(&x, from + i, 4);
+    const uint32_t nearest = (x + 0x7FFF + (x >> 16 & 1)) >> 16;                 // ties to even; NaN could become infinite
+    to[i] = (x & 0x7FFFFFFF) > 0x7F800000 ? x >> 16 | 0x40 : nearest;
+  }
+}
+
+// f(call, lo, hi) for rows lo..hi, with nothing but float32 in that call: bfloat16 goes through copies of a few rows at a time,
+// which stay in the cache, so there is one f for both. Where all is float32, f gets the whole range.
+void in_float32(const Rows& r, int64_t lo, int64_t hi, const std::function<void(const Call&, int64_t, int64_t)>& f) {
+  const std::vector<bool>& half = r.call.half;
+  const int64_t halves = std::count(half.begin(), half.end(), true);
+  const int64_t few = halves ? std::max<int64_t>(1, 512 / r.C) : hi - lo;
+  const int64_t size = ((few + r.beyond) * r.C + W - 1) / W + 3;                 // 3: so that copies share no sets of the cache
+  std::vector<V> space(halves * size);                   // of vectors, for their alignment
+  Call call = r.call;
+  for (int64_t start = lo; start < hi; start += few) {
+    const int64_t end = std::min(start + few, hi), o = start * r.C;
+    V* copy = space.data();
+    for (size_t i = 0; i < half.size(); ++i) {
+      if (!half[i]) continue;
+      float* at = reinterpret_cast<float*>(copy);
+      if (i < r.written) widen(reinterpret_cast<const uint16_t*>(r.call.buffers[i]) + o, std::min(end + r.beyond, r.rows) * r.C - o, at);
+      call.buffers[i] = at - o;                          // where row 0 would be
+      copy += size;
+    }
+    f(call, start, end);
+    for (size_t i = r.written; i < half.size(); ++i)
+      if (half[i]) narrow(call.buffers[i] + o, end * r.C - o, reinterpret_cast<uint16_t*>(r.call.buffers[i]) + o);
+  }
+}
+
+// Forward: f(p, lo, hi) for ranges of rows, none so short that starting a thread costs more than it saves.
+template <class P>
+void over_rows(const Rows& r, void f(const P&, int64_t, int64_t)) {
+  parallel_for(r.rows, std::max<int64_t>(1, 8192 / r.C), [&](int64_t lo, int64_t hi) {
+    in_float32(r, lo, hi, [&](const Call& call, int64_t from, int64_t to) { f(P::of(call), from, to); });
+  });
+}
+
+// Backward: f(p, lo, hi, part) for ranges of rows whose number depends on `rows` alone. Each adds its share of the parameters' gradients
 // to `part`, zeros at first; the shares are added up in order, so the result does not depend on the number of threads.
-template <class F>
-void with_sums(int64_t rows, int64_t C, int64_t width, float* sums, const F& f) {
-  const int64_t pieces = std::max<int64_t>(16, rows / 512);
+template <class P>
+void with_sums(const Rows& r, int64_t width, float* sums, void f(const P&, int64_t, int64_t, float*)) {
+  const int64_t rows = r.rows, pieces = std::max<int64_t>(16, rows / 512);
   std::vector<float> parts(pieces * width);
-  parallel_for(pieces, std::max<int64_t>(1, pieces * 8192 / std::max<int64_t>(1, rows * C)), [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) f(rows * i / pieces, rows * (i + 1) / pieces, &parts[i * width]);
+  parallel_for(pieces, std::max<int64_t>(1, pieces * 8192 / std::max<int64_t>(1, rows * r.C)), [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i)
+      in_float32(r, rows * i / pieces, rows * (i + 1) / pieces, [&](const Call& call, int64_t from, int64_t to) {
+        f(P::of(call), from, to, &parts[i * width]);
+      });
   });
   for (int64_t j = 0; j < width; j += W) {
     V s = {};
@@ -248,53 +323,37 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
     }
 }
 
-template <int G>
-void run(const Wkv7Inputs& p) {
-  if (!p.back) return over_rows(p.rows, p.C, [&](int64_t lo, int64_t hi) { inputs_forward<G>(p, lo, hi); });
-  with_sums(p.rows, p.C, (p.gate ? 5 : 4) * p.C, p.sums, [&](int64_t lo, int64_t hi, float* sums) { inputs_backward<G>(p, lo, hi, sums); });
-}
-
-template <int G>
-void run(const Wkv7Output& p) {
-  if (!p.back) return over_rows(p.rows, p.C, [&](int64_t lo, int64_t hi) { output_forward<G>(p, lo, hi); });
-  with_sums(p.rows, p.C, 3 * p.C, p.sums, [&](int64_t lo, int64_t hi, float* sums) { output_backward<G>(p, lo, hi, sums); });
-}
-
-template <class P>
-void by_head_size(const P& p) {
-  switch (p.N) {
-    case 16: return run<1>(p);
-    case 32: return run<2>(p);
-    case 64: return run<4>(p);
-    case 128: return run<8>(p);
+// y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
+void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
+  for (int64_t i = lo; i < hi; ++i) {
+    const float z = p.x[i] < 0.f ? 0.f : p.x[i];         // written so that NaN stays NaN
+    p.y[i] = z * (p.dy ? 2.f * p.dy[i] : z);
   }
 }
 
 }  // namespace
 
+#define BY_HEAD_SIZE(f, N) ((N) == 16 ? f<1> : (N) == 32 ? f<2> : (N) == 64 ? f<4> : f<8>)
+
 void shift_mix(const Call& call) {
-  auto p = call.as<ShiftMix>(5);
-  p.outs = call.buffers + 6;
-  if (!p.back) return over_rows(p.B * p.T, p.C, [&](int64_t lo, int64_t hi) { shift_mix_forward(p, lo, hi); });
-  with_sums(p.B * p.T, p.C, p.n * p.C, p.dmix, [&](int64_t lo, int64_t hi, float* dmix) { shift_mix_backward(p, lo, hi, dmix); });
+  const auto p = ShiftMix::of(call);
+  const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, 1};
+  if (!p.back) return over_rows(r, shift_mix_forward);
+  with_sums(r, p.n * p.C, p.dmix, shift_mix_backward);
 }
 
-void wkv7_inputs(const Call& call) { by_head_size(call.as<Wkv7Inputs>(4)); }
+void wkv7_inputs(const Call& call) {
+  const auto p = Wkv7Inputs::of(call);
+  const Rows r{call, p.rows, p.C, 12};
+  if (!p.back) return over_rows(r, BY_HEAD_SIZE(inputs_forward, p.N));
+  with_sums(r, (p.gate ? 5 : 4) * p.C, p.sums, BY_HEAD_SIZE(inputs_backward, p.N));
+}
 
 void wkv7_output(const Call& call) {
-  auto p = call.as<Wkv7Output>(4);
-  p.eps = call.eps;
-  by_head_size(p);
+  const auto p = Wkv7Output::of(call);
+  const Rows r{call, p.rows, p.C, 9};
+  if (!p.back) return over_rows(r, BY_HEAD_SIZE(output_forward, p.N));
+  with_sums(r, 3 * p.C, p.sums, BY_HEAD_SIZE(output_backward, p.N));
 }
 
-// y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
-void squared_relu(const Call& call) {
-  const float *x = call.buffers[0], *dy = call.buffers[1];
-  float* y = call.buffers[2];
-  parallel_for(call.numbers[0], 16384, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) {
-      const float z = x[i] < 0.f ? 0.f : x[i];           // written so that NaN stays NaN
-      y[i] = z * (dy ? 2.f * dy[i] : z);
-    }
-  });
-}
+void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }

@@ -1,5 +1,9 @@
 """The memory-bound elementwise parts of a block, fused: one kernel forward and one backward each on the CPU, plain torch elsewhere.
-B batch, T time, C channels, N head size. Parameters are given as (C,) or in any shape of C elements, such as (1,1,C)."""
+B batch, T time, C channels, N head size. Parameters are given as (C,) or in any shape of C elements, such as (1,1,C).
+
+Arithmetic is in float32 (float64 for float64 inputs). What the linears give or take under autocast, the kernels read and write as
+the bfloat16 it is there, and so its gradients; everything else is converted to float32 first.
+"""
 import math
 from typing import Optional
 
@@ -13,7 +17,8 @@ from .wkv7 import HEAD_SIZES
 
 
 def shift_mix(x, last, mix):
-    """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype.
+    """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype, or where CPU autocast is on and x
+    float32, in the dtype that the linears are going to make it.
 
         out[i] = x + (prev - x) * mix[i]        prev_t = x_{t-1}, prev_0 = last
 
@@ -23,13 +28,15 @@ def shift_mix(x, last, mix):
         raise ValueError(f"shift_mix: last has shape {tuple(last.shape)}, expected (B,C) = {(x.shape[0], x.shape[2])}")
     if mix.numel() % x.shape[2]:
         raise ValueError(f"shift_mix: mix has {mix.numel()} elements, expected a multiple of C = {x.shape[2]}")
-    dtype, kind = x.dtype, _kind(x)
+    kind, dtype = _kind(x), x.dtype
+    if dtype == torch.float32 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
     x, last, mix = _to(kind, x, last, mix)
-    if x.shape[2] % 16 == 0 and _kernel(x):                          # 16 floats are a vector of the kernel
-        out = list(ShiftMix.apply(x, last, mix))
+    if x.shape[2] % 16 == 0 and _kernel(x.device, kind):             # 16 floats are a vector of the kernel
+        out = list(ShiftMix.apply(x, last, mix, dtype == torch.bfloat16))
     else:
         out = shift_mix_torch(x, last, mix)
-    return out if dtype == kind else [z.to(dtype) for z in out]
+    return [z.to(dtype) for z in out]
 
 
 def shift_mix_torch(x, last, mix):
@@ -40,29 +47,30 @@ def shift_mix_torch(x, last, mix):
 
 
 def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
-    """From the projections to what the recurrence takes -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64).
+    """From the projections to what the recurrence takes -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64 inputs).
 
         w' = -exp(-1/2) sigmoid(w0 + w)     iclr = sigmoid(a0 + a)      v' = v + (v_first - v) sigmoid(v0 + gate)
         kk = (k * k_k) / its norm over each head (at least 1e-12)       k' = k (1 + (iclr - 1) k_a)
         returned a = -kk, b = kk * iclr; where `valid` is False w', k', a, b are 0, which leaves the state as it is
 
     w, a, k, v, gate, v_first: (B,T,C), floating point; w0, a0, v0, k_k, k_a: C elements; valid: (B,T) bool or None.
-    gate, v_first and v0 are None together: then v' is v.
+    gate, v_first and v0 are None together: then v' is v, in its own dtype.
     """
     _check("wkv7_inputs", w, head_size, dict(a=a, k=k, v=v, gate=gate, v_first=v_first), dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a))
     if len({x is None for x in (gate, v_first, v0)}) > 1:
         raise ValueError("wkv7_inputs: gate, v_first and v0 go together: give all three or None three times")
     if valid is not None and (valid.shape != w.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(f"wkv7_inputs: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {tuple(w.shape[:2])}")
-    w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a = _to(_kind(w), w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a)
-    if not _kernel(w):
-        with torch.autocast(w.device.type, enabled=False):
-            return wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
-    if gate is None:
-        w, k, a, b = Wkv7Inputs.apply(w, a, k, None, None, None, w0, a0, None, k_k, k_a, valid, head_size)
-    else:
-        w, k, a, b, v = Wkv7Inputs.apply(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
-    return w, k, v, a, b
+    kind = _kind(w)
+    kernel = _kernel(w.device, kind)
+    rows = (w, a, k, *((None, None, None) if gate is None else (v, gate, v_first)))
+    args = *_to(kind, *rows, half=kernel), *_to(kind, w0, a0, v0, k_k, k_a), valid, head_size
+    if kernel:
+        w, k, a, b, *mixed = Wkv7Inputs.apply(*args)
+        return w, k, *(mixed or [v]), a, b
+    with torch.autocast(w.device.type, enabled=False):
+        w, k, mixed, a, b = wkv7_inputs_torch(*args)
+    return w, k, v if gate is None else mixed, a, b
 
 
 def wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
@@ -80,7 +88,7 @@ def wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, he
 
 
 def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
-    """From what the recurrence returns to the output projection's input, (B,T,C) in y's dtype.
+    """From what the recurrence returns to the output projection's input, (B,T,C) in r's dtype.
 
         out = (GroupNorm(y) + (sum over the head of r k r_k) v) g
 
@@ -88,13 +96,14 @@ def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     y, r, k, v, g: (B,T,C), floating point; r_k, weight, bias: C elements.
     """
     _check("wkv7_output", y, head_size, dict(r=r, k=k, v=v, g=g), dict(r_k=r_k, weight=weight, bias=bias))
-    dtype = y.dtype
-    args = _to(_kind(y), y, r, k, v, g, r_k, weight, bias)
-    if _kernel(args[0]):
-        out = Wkv7Output.apply(*args, eps, head_size)
+    kind, dtype = _kind(y), r.dtype
+    kernel = _kernel(y.device, kind)
+    args = *_to(kind, y, r, k, v, g, half=kernel), *_to(kind, r_k, weight, bias), eps, head_size
+    if kernel:
+        out = Wkv7Output.apply(*args)
     else:
         with torch.autocast(y.device.type, enabled=False):
-            out = wkv7_output_torch(*args, eps, head_size)
+            out = wkv7_output_torch(*args)
     return out.to(dtype)
 
 
@@ -109,8 +118,9 @@ def wkv7_output_torch(y, r, k, v, g, r_k, weight, bias, eps, head_size):
 def squared_relu(x):
     """relu(x)^2 -> like x, of any shape and floating dtype."""
     kind = _kind(x)
-    z = x.to(kind)
-    return (SquaredReLU.apply(z) if _kernel(z) else squared_relu_torch(z)).to(x.dtype)
+    kernel = _kernel(x.device, kind)
+    z, = _to(kind, x, half=kernel)
+    return (SquaredReLU.apply(z) if kernel else squared_relu_torch(z)).to(x.dtype)
 
 
 def squared_relu_torch(x):
@@ -122,12 +132,13 @@ def _kind(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _to(kind, *args):
-    return [x if x is None or x.dtype == kind else x.to(kind) for x in args]
+def _to(kind, *args, half=False):
+    """half: bfloat16 may stay, as the kernel reads it."""
+    return [x if x is None or half and x.dtype == torch.bfloat16 else x.to(kind) for x in args]
 
 
-def _kernel(x):
-    return backend(x.device.type, x.dtype) == "cpp"
+def _kernel(device, kind):
+    return backend(device.type, kind) == "cpp"
 
 
 def _check(op, x, head_size, tensors, parameters):
@@ -145,8 +156,8 @@ def _check(op, x, head_size, tensors, parameters):
 
 # ---- the kernels: buffers, operators for compiled graphs, gradients ----
 
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _like(x, dtype=None):
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _rows(x, N, back):
@@ -157,13 +168,13 @@ def _dense(*args):
     return [x if x is None else x.contiguous() for x in args]
 
 
-def _shift_mix_buffers(x, last, mix):
-    return [_like(x) for _ in range(mix.numel() // x.shape[-1])]
+def _shift_mix_buffers(x, last, mix, half):
+    return [_like(x, torch.bfloat16 if half else None) for _ in range(mix.numel() // x.shape[-1])]
 
 
 @operator(_shift_mix_buffers)
-def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor) -> list[Tensor]:
-    out = _shift_mix_buffers(x, last, mix)
+def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor, half: bool) -> list[Tensor]:
+    out = _shift_mix_buffers(x, last, mix, half)
     call("shift_mix", (*x.shape, len(out), False), (*_dense(x, last, mix), None, None, None, *out))
     return out
 
@@ -181,19 +192,19 @@ def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, dout: li
 
 class ShiftMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args)
-        return tuple(_shift_mix(*args))
+    def forward(ctx, x, last, mix, half):
+        ctx.save_for_backward(x, last, mix)
+        return tuple(_shift_mix(x, last, mix, half))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dout):
         dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, list(dout))
-        return dx, *(dlast or [None]), dmix
+        return dx, *(dlast or [None]), dmix, None
 
 
 def _wkv7_inputs_buffers(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, N):
-    return [_like(w) for _ in range(4 if gate is None else 5)]
+    return [_like(w, torch.float32) for _ in range(4 if gate is None else 5)]
 
 
 @operator(_wkv7_inputs_buffers)
@@ -206,8 +217,8 @@ def _wkv7_inputs(w: Tensor, a: Tensor, k: Tensor, v: Optional[Tensor], gate: Opt
 
 
 def _wkv7_inputs_grads(w_out, a, k, v, gate, v_first, a0, v0, k_k, k_a, valid, N, dout):
-    """Those of w, a, k; of w0, a0, k_k, k_a and v0 as rows of one tensor; of v, gate, v_first."""
-    return [_like(a), _like(a), _like(a), a.new_empty(len(dout), a.shape[-1])] + [_like(a) for _ in range(0 if gate is None else 3)]
+    """Those of w (in a's dtype: w itself is not kept), a, k; of w0, a0, k_k, k_a and v0 as rows of one tensor; of v, gate, v_first."""
+    return [_like(a), _like(a), _like(k), a0.new_empty(len(dout), a.shape[-1])] + [_like(z) for z in (v, gate, v_first) if z is not None]
 
 
 @operator(_wkv7_inputs_grads)
@@ -239,24 +250,24 @@ class Wkv7Inputs(torch.autograd.Function):
         return dw, da, dk, *(rest or [None] * 3), dw0, da0, *(dv0 or [None]), dk_k, dk_a, None, None
 
 
-@operator(lambda y, *args: _like(y))
+@operator(lambda y, r, *args: _like(r))
 def _wkv7_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float,
                  N: int) -> Tensor:
-    out = _like(y)
-    call("wkv7_output", _rows(y, N, False), (*_dense(y, r, k, v, g, r_k, weight, bias), out, *[None] * 8), eps)
+    out = _like(r)
+    call("wkv7_output", _rows(y, N, False), (*_dense(y, r, k, v, g, r_k, weight, bias), None, out, *[None] * 7), eps)
     return out
 
 
-def _wkv7_output_grads(y, *args):
+def _wkv7_output_grads(y, r, k, v, g, r_k, *args):
     """Those of y, r, k, v, g, and those of r_k, weight, bias as rows of one tensor."""
-    return [_like(y) for _ in range(5)] + [y.new_empty(3, y.shape[-1])]
+    return [_like(z) for z in (y, r, k, v, g)] + [r_k.new_empty(3, y.shape[-1])]
 
 
 @operator(_wkv7_output_grads)
 def _wkv7_output_backward(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float,
                           N: int, dout: Tensor) -> list[Tensor]:
-    grads = _wkv7_output_grads(y)
-    call("wkv7_output", _rows(y, N, True), (*_dense(y, r, k, v, g, r_k, weight, bias), None, dout.contiguous(), *grads, None), eps)
+    grads = _wkv7_output_grads(y, r, k, v, g, r_k)
+    call("wkv7_output", _rows(y, N, True), (*_dense(y, r, k, v, g, r_k, weight, bias), dout.contiguous(), None, *grads, None), eps)
     return grads
 
 

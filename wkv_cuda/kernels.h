@@ -1,10 +1,11 @@
 // What the CPU kernels share. They know nothing of torch, whose headers take longer to compile than they do: bindings.cpp hands
-// them plain pointers to contiguous float32 buffers, all allocated by the caller.
+// them plain pointers to contiguous float32 buffers, all allocated by the caller. Only block.cpp takes bfloat16 ones, too.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 // Calls f(lo, hi) on torch's threads for pieces of 0..n of at least `grain`.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
@@ -50,13 +51,14 @@ inline V sum16(V* x) {
 struct Call {
   const int64_t* numbers;
   double eps;
-  float* const* buffers;
+  std::vector<float*> buffers;
+  std::vector<bool> half;                  // which buffers hold bfloat16
 
   template <class P>
   P as(int64_t count) const {              // the first `count` members of P are numbers
     P p;
     std::memcpy(static_cast<void*>(&p), numbers, 8 * count);
-    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers, sizeof p - 8 * count);
+    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers.data(), sizeof p - 8 * count);
     return p;
   }
 };

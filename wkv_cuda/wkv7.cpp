@@ -66,58 +66,60 @@ void forward(const Wkv7& p, int64_t task) {
   if (!p.every) put(out);
 }
 
-// ---- backward: lanes run over key channels j, rows i in groups of R; walks the chunks from the last to the first ----
+// ---- backward: lanes run over key channels j; chunk by chunk from the last to the first, rows i in groups of R ----
+// Chunks are the outer loop, so that what a chunk reads and writes stays in the cache while its row groups pass over it.
 template <int N>
 void backward(const Wkv7& p, int64_t bh) {
   constexpr int G = N / W, R = 8;                        // 2 R = 16 sums of a row group fill one sum16
   const int64_t bi = bh / p.H, h = bh % p.H, step = p.H * N, base = (bi * p.T * p.H + h) * N;
   const int64_t chunks = (p.T + CHUNK - 1) / CHUNK;
-  alignas(64) float S[CHUNK + 1][R][N], D[R][N], ew[CHUNK][N];
-  for (int64_t i0 = 0; i0 < N; i0 += R) {
-    auto add_ds = [&](int64_t n) {
-      if (!p.ds) return;
-      const float* src = p.ds + ((p.every ? (bi * p.states() + n) * p.H + h : bh) * N + i0) * N;
-      for (int i = 0; i < R * N; ++i) (&D[0][0])[i] += src[i];
-    };
-    std::memset(D, 0, sizeof D);
-    if (!p.every) add_ds(0);
-    for (int64_t n = chunks - 1; n >= 0; --n) {
-      const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0);
+  alignas(64) float S[CHUNK + 1][R][N], all[N][N], ew[CHUNK][N];               // all: the gradient of the state
+  auto add_ds = [&](int64_t n, float (*D)[N], int64_t i0, int rows) {          // that of the returned state number n
+    if (!p.ds) return;
+    const float* src = p.ds + ((p.every ? (bi * p.states() + n) * p.H + h : bh) * N + i0) * N;
+    for (int i = 0; i < rows * N; ++i) (&D[0][0])[i] += src[i];
+  };
+  std::memset(all, 0, sizeof all);
+  if (!p.every) add_ds(0, all, 0, N);
+  for (int64_t n = chunks - 1; n >= 0; --n) {
+    const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0);
+    for (int64_t q = 0; q < len; ++q)
+      for (int j = 0; j < N; j += W) store(ew[q] + j, vexp(load(p.w + base + (t0 + q) * step + j)));
+    for (int64_t i0 = 0; i0 < N; i0 += R) {
+      float (*D)[N] = all + i0;
       std::memcpy(S[0], p.mid + ((bh * chunks + n) * N + i0) * N, sizeof S[0]);
       for (int64_t q = 0; q < len; ++q) {                // the states inside this chunk once more
         const int64_t o = base + (t0 + q) * step;
-        V k[G], b[G], e[G];
         for (int g = 0; g < G; ++g) {
-          k[g] = load(p.k + o + g * W); b[g] = load(p.b + o + g * W); e[g] = vexp(load(p.w + o + g * W));
-          store(ew[q] + g * W, e[g]);
+          const V k = load(p.k + o + g * W), b = load(p.b + o + g * W), e = load(ew[q] + g * W);
+          for (int i = 0; i < R; ++i)
+            store(&S[q + 1][i][g * W], load(&S[q][i][g * W]) * e + (b * p.sa[o + i0 + i] + k * p.v[o + i0 + i]));
         }
-        for (int i = 0; i < R; ++i)
-          for (int g = 0; g < G; ++g)
-            store(&S[q + 1][i][g * W], load(&S[q][i][g * W]) * e[g] + (b[g] * p.sa[o + i0 + i] + k[g] * p.v[o + i0 + i]));
       }
       for (int64_t q = len - 1; q >= 0; --q) {
         const int64_t t = t0 + q, o = base + t * step;
-        if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every);
+        if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every, D, i0, R);
         const float *dy = p.dy + o + i0, *v = p.v + o + i0, *sa = p.sa + o + i0;
         V part[2 * R];                                   // rows' partial sums of dv (0..R-1) and of d(sa) (R..2R-1)
-        for (int i = 0; i < R; ++i) {
-          V pv = {}, ps = {};
-          for (int g = 0; g < G; ++g) {
-            V d = load(&D[i][g * W]) + load(p.r + o + g * W) * dy[i];
+        for (int i = 0; i < 2 * R; ++i) part[i] = V{};
+        for (int g = 0; g < G; ++g) {
+          const V r = load(p.r + o + g * W), k = load(p.k + o + g * W), b = load(p.b + o + g * W);
+          for (int i = 0; i < R; ++i) {
+            const V d = load(&D[i][g * W]) + r * dy[i];
             store(&D[i][g * W], d);
-            pv += d * load(p.k + o + g * W);
-            ps += d * load(p.b + o + g * W);
+            part[i] += d * k;
+            part[R + i] += d * b;
           }
-          part[i] = pv; part[R + i] = ps;
         }
         alignas(64) float sums[2 * R];
         store(sums, sum16(part));
         std::memcpy(p.dv + o + i0, sums, 4 * R);
         if (p.dc) std::memcpy(p.dc + o + i0, sums + R, 4 * R);
         for (int g = 0; g < G; ++g) {
-          V dr = {}, dk = {}, db = {}, dw = {}, da = {}, e = load(ew[q] + g * W), a = load(p.a + o + g * W);
+          V dr = {}, dk = {}, db = {}, dw = {}, da = {};
+          const V e = load(ew[q] + g * W), a = load(p.a + o + g * W);
           for (int i = 0; i < R; ++i) {
-            V d = load(&D[i][g * W]), prev = load(&S[q][i][g * W]);
+            const V d = load(&D[i][g * W]), prev = load(&S[q][i][g * W]);
             dr += load(&S[q + 1][i][g * W]) * dy[i];
             dk += d * v[i];
             db += d * sa[i];
@@ -134,9 +136,9 @@ void backward(const Wkv7& p, int64_t bh) {
         }
       }
     }
-    if (p.every) add_ds(0);
-    if (p.ds0) std::memcpy(p.ds0 + (bh * N + i0) * N, D, sizeof D);
   }
+  if (p.every) add_ds(0, all, 0, N);
+  if (p.ds0) std::memcpy(p.ds0 + bh * N * N, all, sizeof all);
 }
 
 template <int N>
