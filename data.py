@@ -84,13 +84,20 @@ class Words(Bytes):
 
     def encode_part(self, text):
         cut = re.match(r"(?s).*[^\W_](?=[ \n])", text) or re.match(r"(?s).*\S(?=\s)", text)
-        cut = cut.end() if cut else len(text)                               # a megabyte without a space: cut anywhere
-        return self.encode(text[:cut]), cut
+        cut = cut.end() if cut else len(text)                               # no space in all of a piece: cut anywhere
+        return self.merge(text[:cut]), cut
+
+    def encode(self, text):
+        ids, at = [], 0
+        while len(text) - at > PIECE:                                       # the libraries take some 500 bytes a token
+            part, n = self.encode_part(text[at:at + PIECE])
+            ids, at = [*ids, part], at + n
+        return np.concatenate([*ids, self.merge(text[at:])])
 
 
 class GPT2(Words):
     """GPT-2's vocabulary by tiktoken, from tiktoken's own cache; read when first needed, since token files do without it."""
-    vocab_size, eot_id = 50257, 50256
+    vocab_size, eot_id, told = 50257, 50256, False
     FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",   # name -> sha256
              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
     state = {"sha256": FILES["vocab.bpe"]}
@@ -113,20 +120,19 @@ class GPT2(Words):
         import tiktoken
         return tiktoken.get_encoding("gpt2")
 
-    def encode(self, text):
+    def merge(self, text):
         if not self.found:
             raise ValueError("the gpt2 vocabulary is not in tiktoken's cache: run `python data.py download gpt2` (with a network), or copy "
                              "the cache of another machine and set TIKTOKEN_CACHE_DIR to it, or choose another --tokenizer")
         return np.array(self.encoding.encode_ordinary(text), np.int32)
 
-    @functools.cached_property
-    def told(self):
-        return not print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py download gpt2` gets it")
-
     def decode(self, ids):
-        if not self.found and self.told:
-            return "".join(f"<{i}>" for i in ids)
-        return self.encoding.decode(ids)
+        if self.found:
+            return self.encoding.decode(ids)
+        if not self.told:
+            print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py download gpt2` gets it")
+        self.told = True
+        return "".join(f"<{i}>" for i in ids)
 
 
 class World(Bytes):
@@ -213,7 +219,7 @@ class BPE(Words):
         self.vocab_size = max(vocabulary.values()) + 1
         self.eot_id = next((vocabulary[s] for s in ("<|endoftext|>", "</s>", "<eos>", "[SEP]") if s in vocabulary), None)
 
-    def encode(self, text):
+    def merge(self, text):
         return np.array(self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def decode(self, ids):
@@ -265,8 +271,10 @@ def agreed(asked, state, owner):
             return Tokenizer(**state | ({"file": file} if file else {}))
         asked = Tokenizer(asked)
     if not same_vocabulary(asked.state(), state):
-        raise ValueError(f"{owner} has the vocabulary {state['kind']} {state['alphabet']!r}, and {asked.kind} {asked.alphabet!r} was asked "
-                         "for: leave --tokenizer out, or use data and a checkpoint that go together")
+        have, want = (f"{kind} {letters!r}" if letters else kind for kind, letters in (
+            (state["kind"], state["alphabet"]), (asked.kind, asked.alphabet)))
+        raise ValueError(f"{owner} has another vocabulary ({have}) than was asked for ({want}): leave --tokenizer out, or use data and "
+                         "a checkpoint that go together")
     return asked
 
 
@@ -327,14 +335,15 @@ def read_bins(pattern, V, raw):
     parts, files = [], sorted(glob.glob(pattern)) or [pattern]
     for f in files:
         size, head = os.path.getsize(f), np.fromfile(f, "<i4", 256)
-        if len(head) == 256 and head[0] == MAGIC:
+        modded = len(head) == 256 and head[0] == MAGIC
+        if modded:
             if head[1] != VERSION or size != 1024 + 2 * int(head[2]):
                 raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version {VERSION} and the "
                                  f"{(size - 1024) / 2:g} that the file holds: copy it again")
         elif not raw or len(head) == 256 and not head[3:].any() or size % 2 or not size:
-            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as modded-nanogpt's; for bare uint16 ids, "
-                             "as nanoGPT writes them, name their --tokenizer; for text use --data_path")
-        parts.append(np.memmap(f, "<u2", "r", offset=1024 if head[0] == MAGIC else 0))
+            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as modded-nanogpt's; for bare "
+                             "uint16 ids, as nanoGPT writes them, name their --tokenizer; for text use --data_path")
+        parts.append(np.memmap(f, "<u2", "r", offset=1024 if modded else 0))
         for at in range(0, len(parts[-1]), 1 << 24):                        # in pieces: a file may be larger than memory
             piece = parts[-1][at:at + (1 << 24)]
             if piece.max() >= V:
@@ -343,7 +352,7 @@ def read_bins(pattern, V, raw):
 
 
 def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
-    """-> name, tokenizer, train, val (the last tenth without data_val_bin), text to measure the length of tokens on."""
+    """-> name, tokenizer, train, val (the last tenth without data_val_bin), [characters, bytes] of a token (nan: no vocabulary)."""
     raw = bool(tokenizer)
     if tokenizer == "char":                                                 # nanoGPT's ids: the sorted characters of its text
         if not path:
@@ -356,7 +365,7 @@ def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
     train = read_bins(data_bin, V, raw)
     cut = len(train) * 9 // 10
     train, val = (train, read_bins(data_val_bin, V, raw)) if data_val_bin else (train.cut(0, cut), train.cut(cut, len(train)))
-    shown = val[np.arange(min(len(val), 1 << 16))] if getattr(tokenizer.codec, "found", True) else []
+    shown = val[np.arange(min(len(val), 1 << 16))].tolist() if getattr(tokenizer.codec, "found", True) else []
     text = tokenizer.decode(i for i in shown if i < tokenizer.vocab_size)
     return data_bin, tokenizer, train, val, [len(text) / len(shown), len(text.encode()) / len(shown)] if len(shown) else [math.nan] * 2
 
@@ -366,8 +375,10 @@ def open_prepared(folder, tokenizer):
     file = Path(folder, "meta.json")
     if not file.is_file():
         nanogpt = "; nanoGPT's train.bin and val.bin are read by --data_bin and --data_val_bin" * Path(folder, "train.bin").is_file()
-        raise ValueError(f"{folder} has no meta.json: write it with `python data.py prepare --data_path=TEXT --out={folder}`{nanogpt}")
+        raise ValueError(f"{folder} has no meta.json: give the folder that `python data.py prepare` wrote{nanogpt}")
     meta = json.loads(file.read_text())
+    if not {"tokenizer", "done", *SPLITS} <= meta.keys():
+        raise ValueError(f"{file} is not of `python data.py prepare`: prepare the text anew, into another folder")
     if not meta["done"]:
         raise ValueError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it was stopped")
     tokenizer, parts = agreed(tokenizer, meta["tokenizer"], folder), {}
@@ -404,7 +415,7 @@ class TextSource:
         self.chars_per_token, self.bytes_per_token = per_token
         if min(len(self.train), len(self.val)) < T:
             n = len(self.train) + len(self.val)
-            raise ValueError(f"{self.name} holds {n} tokens, too few: the held-out last 10 % must hold seq_len={T}; "
+            raise ValueError(f"{self.name} holds {n} tokens, too few: the held-out part ({len(self.val)}) must hold seq_len={T}; "
                              f"give a text of at least {10 * T} tokens, or a smaller --seq_len")
 
     def train_rows(self, step, B, lo, hi, seed):
@@ -481,15 +492,16 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
     """IN, GT and PR of one row, `width` characters around its mask, and ^ under what is wrong. All (T,)."""
     first = int(masked.nonzero()[0]) if masked.any() else 0
     start = max(0, min(first - width // 4, len(target) - width))
-    line = lambda ids: "".join(tokenizer.characters(ids[start:start + width]))
-    marks = "".join(" ^"[int(w)] for w in (pred != target)[start:start + width]).rstrip()
-    hidden = target.masked_fill(masked, tokenizer.vocab_size)
-    return "\n".join([f"  IN {line(hidden)}", f"  GT {line(target)}", f"  PR {line(pred)}"] + [f"     {marks}"] * bool(marks))
+    hidden, here = target.masked_fill(masked, tokenizer.vocab_size), slice(start, start + width)
+    rows = [tokenizer.characters(ids[here]) for ids in (hidden, target, pred)] + [[" ^"[int(w)] for w in (pred != target)[here]]]
+    wide = [max(map(len, column)) for column in zip(*rows)]                 # a token of several characters takes a wide column
+    lines = [name + "".join(c.ljust(w) for c, w in zip(row, wide)) for name, row in zip(("  IN ", "  GT ", "  PR ", "     "), rows)]
+    return "\n".join(lines[:3] + [lines[3].rstrip()] * bool(lines[3].strip()))
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
 
-SPLITS, PIECE = ("train", "val"), 1 << 20                                   # PIECE: bytes of text in memory at a time
+SPLITS, PIECE = ("train", "val"), 1 << 18                                   # PIECE: bytes of text in memory at a time
 
 
 def text_files(data_path):
@@ -558,25 +570,27 @@ def replace_file(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def prepare(data_path="", tokenizer="byte", out="", val_share=0.1, shard_tokens=100_000_000):
+def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_000_000):
     """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on from its last shard.
 
-    The bytes are taken as they are (UTF-8). After each file of a folder comes the end of text, if the tokenizer has one.
+    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. The bytes of the text are taken
+    as they are. After each file of a folder comes the end of text, if the tokenizer has one.
     """
     if not out or not 0 <= val_share < 1 or shard_tokens < 1:
-        raise ValueError(f"out={out!r}, val_share={val_share}, shard_tokens={shard_tokens}: give the folder to write as --out, a share from "
-                         "0 up to 1, and at least 1 token a shard")
+        raise ValueError(f"out={out!r}, val_share={val_share}, shard_tokens={shard_tokens}: give the folder to write as --out, a share "
+                         "from 0 up to 1, and at least 1 token a shard")
     found = text_files(data_path)
     file, settings = Path(out, "meta.json"), dict(val_share=val_share, shard_tokens=shard_tokens)
     if file.exists():
         meta = json.loads(file.read_text())
         if meta["source"] != found:
-            raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, or give another --out")
+            raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, or give "
+                             "another --out")
         if meta["settings"] != settings:
             raise ValueError(f"{out} was begun with {meta['settings']}, not {settings}: use those, delete {out}, or give another --out")
         tok = agreed(tokenizer, meta["tokenizer"], out)
     else:
-        tok = Tokenizer(tokenizer)
+        tok = Tokenizer(tokenizer or "byte")
         if tok.kind == "char":
             tok = Tokenizer("char", "".join(sorted(set().union(*map(set, read_all(found, "alphabet"))))))
         tok.encode("")                                                      # a vocabulary that is not there is an error before the work
@@ -640,11 +654,12 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
 
 
 def train_bpe(data_path="", vocab_size=4096, out=""):
-    """Byte-level BPE (any text comes back as it was), trained by the tokenizers library; <|endoftext|> is its last special token."""
+    """Byte-level BPE (any text comes back as it was), trained by the tokenizers library; <|endoftext|> is id 0."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
     if vocab_size < 257 or not out:
-        raise ValueError(f"vocab_size={vocab_size}, out={out!r}: give at least 257 (the bytes and the end of text), and a file to write as --out")
+        raise ValueError(f"vocab_size={vocab_size}, out={out!r}: give at least 257 (the bytes and the end of text), and the file to "
+                         "write as --out")
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(read_all(text_files(data_path), "words"), trainers.BpeTrainer(
@@ -706,7 +721,8 @@ def main(argv):
             if p.default is p.empty:
                 row.add_argument(p.name)
             else:
-                row.add_argument(f"--{p.name}", type=type(p.default), default=p.default, help=f"default {p.default!r}")
+                names = dict.fromkeys((f"--{p.name}", f"--{p.name.replace('_', '-')}"))
+                row.add_argument(*names, type=type(p.default), default=p.default, help=f"default {p.default!r}")
     try:
         options = vars(parser.parse_args(argv))
         COMMANDS[options.pop("command")](**options)

@@ -34,8 +34,10 @@ out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
 init_from = "scratch"       # scratch | resume (go on from out_dir/ckpt.pt) | path of a checkpoint or official RWKV-7 .pth
 train = True                # 0 = only evaluate (weights_path, else init_from, else out_dir/ckpt.pt)
 weights_path = ""           # also write the final checkpoint here; with train=0, evaluate this one
-data_path = ""              # a UTF-8 text file to learn, unless a task is set; empty = Python's own standard library
-tokenizer = "byte"          # how text becomes tokens
+data_path = ""              # UTF-8 text to learn, or a folder of `python data.py prepare`; empty = Python's own standard library
+data_bin = ""               # token files to learn instead, a name or a pattern: modded-nanogpt's, or bare uint16 as nanoGPT's
+data_val_bin = ""           # ... held-out ones; empty = the last 10 %
+tokenizer = "byte"          # byte | char | gpt2 | rwkv | rwkv:FILE | bpe:FILE; prepared folders know theirs, data_bin has gpt2
 random_seed = 1337          # initialisation, batches and noise
 # the objective
 objective = ""              # what is masked and how it is weighted; empty = task for a task, masked_mean for text
@@ -117,6 +119,8 @@ def defaults_for(cfg):
     for key, value in (("direction", cfg.direction), ("objective", cfg.objective)):
         if value == "block":               # the form of DW-JRT that keeps the state which crosses blocks
             cfg.default("dw_jrt_inject", "gate", why=key)
+    if cfg.data_bin and (cfg.tokenizer == "gpt2" or not cfg.given("tokenizer")):    # GPT-2's 50257, padded as nanoGPT does
+        cfg.default("vocab_size", 50304, why="data_bin")
     if task := tasks.chosen(cfg.as_dict()):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
@@ -139,13 +143,15 @@ def lr_factor(step):
 
 
 def open_source(cfg, saved):
-    """The data: the chosen task, or data_path with the tokenizer of the checkpoint `saved`, if it has one."""
+    """The data: the chosen task, or data_bin or data_path, with the tokenizer of the checkpoint `saved`, if it has one."""
     old = saved.get("tokenizer")
     if task := tasks.chosen(cfg.as_dict()):
         source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len, trim_rows)
     else:
-        source = data.TextSource(data_path, seq_len, data.Tokenizer(**old) if old else tokenizer)
-    if old and old != source.tokenizer.state():
+        asked = tokenizer if cfg.given("tokenizer") else ""
+        asked = data.agreed(asked, old, "the checkpoint") if old else asked
+        source = data.TextSource(data_path, seq_len, asked, data_bin, data_val_bin, cfg.vocab_size)
+    if old and not data.same_vocabulary(old, source.tokenizer.state()):
         raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
                          f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
     return source
@@ -390,4 +396,4 @@ if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES,
-                                    optimizer=OPTIMIZERS, tokenizer=data.KINDS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))
+                                    optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))
