@@ -6,10 +6,13 @@
     python bench.py --suite=tasks       the published tasks with this repository's defaults
     python bench.py --suite=flops       FLOPs per token of every direction and the attention twin, checked against a counted run
     python bench.py --suite=ablation    fusions and conditionings of the two-way network on a small text run
+    python bench.py --suite=text        bits per character of ar, blocks, two-way, seeded and attention networks, three budgets
+    python bench.py --suite=generate    what a generated block costs after 512 to 65,536 tokens of context
     python bench.py --suite=direction   milliseconds of one denoising step of the same
 """
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,7 +29,7 @@ from configurator import configure, one_line_errors
 # ---- settings ----
 suite = "step"              # which table
 rounds = 3                  # how often speed is measured, in turn; the median is shown
-data_path = ""              # ablation: the text; empty = Python's standard library
+data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
@@ -189,9 +192,13 @@ def flops_per_token(cfg, T):
 def counted_flops(cfg, T):
     """The same, counted by torch.utils.flop_counter in a pass that is really run."""
     from torch.utils.flop_counter import FlopCounterMode
-    scan = lambda r, *args, out_shape=None, **kwargs: 9 * r[0] * r[1] * r[2] * r[3] ** 2
+    def kernel(name, numbers, *args, **kwargs):                      # numbers of wkv7: B, T, H, N, ...
+        return 9 * math.prod(numbers[:3]) * numbers[3] ** 2 if name == "wkv7" else 0
+    def attention(q, k, v, *args, **kwargs):                         # torch counts attention on GPUs only
+        return 4 * math.prod(q) * k[2]
+    formulas = {torch.ops.nanodir_kernel.run: kernel, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     net = nets.Denoiser(cfg).eval()
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.nanodir.wkv7: scan}) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         net(torch.zeros(1, T, dtype=torch.long))
     return counter.get_total_flops() / T
 
@@ -267,19 +274,108 @@ def suite_ablation():
     return {"rows": found}
 
 
+TEXT = {"ar": ["--objective=ar", "--direction=causal"],
+        **{f"block {n}": ["--objective=block", "--direction=block", "--tie_directions=1", f"--block_size={n}"] for n in (4, 16, 64)},
+        "bidirectional": ["--direction=bidirectional", "--tie_directions=1"],
+        "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1"], "causal": ["--direction=causal"],
+        "attention": ["--mixer=attention", "--dim_ffn=672"], "attention, no token shift": ["--mixer=attention", "--dim_ffn=672", "--ffn_shift=0"]}
+
+
+def suite_text():
+    """Bits per character on held-out text (data_path), by objective and network: at most 1.05 M parameters, T=128, 64 rows a step,
+    three budgets of steps, three seeds. What is in the JSON file already is not run again."""
+    path, budgets, seeds = os.path.join(out, "text.json"), ((15, 1), (15, 2)) if quick else ((600, 3), (300, 3), (150, 3)), None
+    found = {}
+    if os.path.exists(path) and not quick:
+        with open(path) as f:
+            found = json.load(f)["runs"]
+    for steps, seeds in budgets:
+        for seed in range(seeds):
+            for name, options in TEXT.items():
+                key = f"{name}, {steps} steps, seed {1337 + seed}"
+                if key in found:
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    log = train("config/shakespeare.py", *options, f"--data_path={data_path}", f"--max_iters={steps}",
+                                f"--random_seed={1337 + seed}", "--eval_interval=100000", folder=folder, *(["--batch_size=4"] * quick))
+                last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
+                found[key] = dict(name=name, steps=steps, seed=1337 + seed, bits=last["bits_per_char"], se=last["bits_per_char_se"],
+                                  parameters=log[0]["parameters"], ms=statistics.median(ms))
+                print(f"{key}: {last['bits_per_char']:.4f} ± {last['bits_per_char_se']:.4f} bits a character", flush=True)
+                write("text", {"runs": found})
+    rows = []
+    for name in TEXT:
+        runs = [run for run in found.values() if run["name"] == name]
+        by = {steps: [run["bits"] for run in runs if run["steps"] == steps] for steps, _ in budgets}
+        rows.append([name, f"{runs[0]['parameters'] / 1e6:.3f} M", *(spread(bits) for bits in by.values()),
+                     f"{statistics.mean(run['se'] for run in runs):.4f}", f"{statistics.median(run['ms'] for run in runs):.0f}"])
+    table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
+          ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e.", "ms a step"], rows)
+    return {"runs": found}
+
+
+def state_bytes(state):
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def suite_generate():
+    """What a block of 32 tokens costs after a context of given length, untrained networks (C=256, N=64, four layers), 8 denoiser calls
+    and, with a cache, one clean pass a block: RWKV-7 from its carried state, the attention twin from its cache of keys and values,
+    and reading everything again in every call."""
+    n, calls, base = 32, 8, nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, block_size=32, direction="block")
+    rwkv = nets.Denoiser(base).eval()
+    twin = nets.Denoiser(dataclasses.replace(attention_twin(base), direction="block")).eval()
+    rows, found = [], {}
+    contexts = (512, 2048) if quick else (512, 4096, 16384, 65536)
+    for B in (1, 32):
+        for context in contexts:
+            if B * context > 32 * 4096 and B > 1:
+                continue
+            for name, net in (("rwkv7, carried state", rwkv), ("attention, cache", twin), ("rwkv7, all again", rwkv)):
+                with torch.inference_mode():
+                    text, mask, state = torch.randint(256, (B, context)), torch.full((B, n), 256), None
+                    if "again" not in name:
+                        for piece in text.split(2048, 1):
+                            state = net(piece, state=state, clean=True).state
+                        one = lambda: [net(mask, state=state) for _ in range(calls)] + [net(mask, state=state, clean=True)]
+                        scale, size = 1, state_bytes(state)
+                    else:
+                        whole = torch.cat([text, mask], 1)
+                        one, scale, size = (lambda: net(whole)), calls, state_bytes(whole)
+                    times = []
+                    for _ in range(2 if context * B > 20000 else 5):
+                        start = time.perf_counter()
+                        one()
+                        times.append((time.perf_counter() - start) * scale)
+                ms = min(times) * 1e3
+                found[f"{name}, batch {B}, context {context}"] = dict(ms=ms, cache_bytes=size)
+                rows.append([name, B, context, f"{ms:.1f}", f"{B * n / ms * 1e3:.0f}", calls, f"{size / B / 1024:.0f}"])
+    first, last = (found[f"rwkv7, carried state, batch 1, context {c}"]["ms"] for c in (contexts[0], contexts[-1]))
+    table("one block of 32 tokens", ["network", "batch", "context", "ms a block", "tokens/s", "calls", "cache KiB a row"], rows)
+    print(f"  rwkv7 from its carried state: a block at {contexts[-1]} tokens of context takes {last / first:.2f}x one at {contexts[0]}")
+    return {"rows": found, "ratio": last / first}
+
+
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
-          "direction": suite_direction, "ablation": suite_ablation}
+          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate}
+
+
+def write(name, result):
+    """Keep a suite's figures as JSON; a quick run must not replace measured ones."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, f"{name}{'.quick' * quick}.json")
+    with open(path, "w") as f:
+        json.dump({"suite": name, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}, f, indent=1)
+    return path
 
 
 def main():
     if threads:
         torch.set_num_threads(threads)
     nets.tune_cpu()
-    result = {"suite": suite, "torch": torch.__version__, "threads": torch.get_num_threads(), **SUITES[suite]()}
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, f"{suite}.json"), "w") as f:
-        json.dump(result, f, indent=1)
-    print(f"\nwritten to {os.path.join(out, suite + '.json')}")
+    print(f"\nwritten to {write(suite, SUITES[suite]())}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the global batch, so accumulation, several processes and a resumed run all see t
 import argparse
 import ast
 import codecs
-import contextlib
 import functools
 import glob
 import hashlib

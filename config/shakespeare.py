@@ -1,4 +1,4 @@
-"""Characters of a text by masked diffusion, on a CPU: DATA_PATH=input.txt python train.py config/shakespeare.py"""
+"""Characters of a text by masked diffusion, both ways, on a CPU: DATA_PATH=input.txt python train.py config/shakespeare.py"""
 tokenizer = "char"
 seq_len = 128
 batch_size = 64
@@ -6,4 +6,6 @@ max_iters = 600
 n_layer = 4
 n_embd = 128
 head_size = 32
-dw_jrt = True
+direction = "bidirectional"
+tie_directions = True
+eval_iters = 20
