@@ -32,6 +32,7 @@ rounds = 3                  # how often speed is measured, in turn; the median i
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
+only = ""                   # tasks: only the rows whose name holds this
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 
@@ -145,6 +146,8 @@ def suite_tasks():
     """Accuracy and exact match on the fixed evaluation set after training with the defaults: one causal scan with DW_JRT=1, two-way."""
     rows, found = [], []
     for task, steps, seeds, options, old in TASK_ROWS:
+        if only not in f"{task}, {steps} steps, {options[0][2:]}":
+            continue
         steps, seeds = (steps // 20, 1) if quick else (steps, seeds)
         acc, exact = [], []
         for seed in range(seeds):

@@ -38,7 +38,7 @@ class ModelConfig:
     ffn_shift: bool = True          # token shift in the channel mix
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
-    dw_jrt_scale: float = 2.0       # factor on the seed
+    dw_jrt_scale: float = 3.0       # factor on the seed
     dw_jrt_alpha_init: float = -1.0  # gate and leak open with sigmoid(alpha), one alpha a layer and head
     dw_jrt_layer_start: int = 1     # first layer that is seeded (layer 0 has none below it)
     logit_cap: float = 0.0          # logits = cap * tanh(logits / cap); 0 = no cap

@@ -158,6 +158,14 @@ def test_checkpoints_of_another_shape_or_task_or_kind(run, tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
 
 
+@pytest.mark.parametrize("preset", sorted(f for f in os.listdir(os.path.join(ROOT, "config")) if f.endswith(".py")))
+def test_every_preset_runs(run, tmp_path, preset):
+    (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
+    tiny = ["--max_iters=1", "--n_layer=2", "--n_embd=32", "--head_size=16", "--batch_size=4", "--seq_len=32", "--eval_iters=1", "--threads=1"]
+    ok(run("train.py", os.path.join(ROOT, "config", preset), *tiny, "--data_path=input.txt", WKV_IMPL="torch"))
+    ok(run("sample.py", "--num_samples=1", "--length=8", "--prompt=the "))
+
+
 def test_help_lists_every_key(run):
     shown = ok(run("train.py", "--help"))
     for key in ("--dw_jrt_scale", "--struct_len", "--add_mask_len", "--muon_lr", "--kvsort_n_max", "--schedule"):

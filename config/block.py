@@ -1,0 +1,12 @@
+"""Block diffusion with a cache of constant size: DATA_PATH=input.txt python train.py config/block.py"""
+objective = "block"
+direction = "block"
+block_size = 16
+tie_directions = True
+tokenizer = "char"
+seq_len = 128
+batch_size = 64
+max_iters = 600
+n_layer = 4
+n_embd = 128
+head_size = 32
