@@ -178,11 +178,9 @@ def flops_per_token(cfg, T):
     """Of one forward pass: 2 a multiply-add of the matrix products, 9 N a channel for one step of a scan (S a, the decay, two outer
     products, S r), 4 C T for attention over T keys. Elementwise work, norms and the embedding are left out."""
     C, D, total = cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, 2 * cfg.n_embd * cfg.vocab_size
-    rank = lambda chosen, factor: chosen or max(32, round(factor * C**0.5 / 32) * 32)
     for layer, mixer in enumerate(nets.pattern(cfg)):
         if mixer == "rwkv7":
-            ranks = rank(cfg.rank_w, 2.5) + rank(cfg.rank_a, 2.5) + rank(cfg.rank_g, 5)
-            ranks += rank(cfg.rank_v, 1.7) * ("rwkv7" in nets.pattern(cfg)[:layer])
+            ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in nets.pattern(cfg)[:layer]).values())
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
             two = nets.direction(cfg) != "causal"
             total += scan * (1 + two) + 2 * C * C + two * {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
@@ -287,8 +285,7 @@ TEXT = {"ar": ["--objective=ar", "--direction=causal"],
 def suite_text():
     """Bits per character on held-out text (data_path), by objective and network: at most 1.05 M parameters, T=128, 64 rows a step,
     three budgets of steps, three seeds. What is in the JSON file already is not run again."""
-    path, budgets, seeds = os.path.join(out, "text.json"), ((15, 1), (15, 2)) if quick else ((600, 3), (300, 3), (150, 3)), None
-    found = {}
+    path, budgets, found = os.path.join(out, "text.json"), ((15, 1),) if quick else ((600, 3), (300, 3), (150, 3)), {}
     if os.path.exists(path) and not quick:
         with open(path) as f:
             found = json.load(f)["runs"]

@@ -296,6 +296,11 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): give a plain text file") from None
 
 
+def alphabet(*texts):
+    """The characters of all texts, in order: what a char tokenizer is made from."""
+    return "".join(sorted(set().union(*texts)))
+
+
 class Tokens:
     """Arrays of ids (np.memmap of files) read as one: at (n,T) int64 positions -> (n,T) int64 ids, all below V."""
 
@@ -357,7 +362,7 @@ def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
         if not path:
             raise ValueError(f"{data_bin}: --tokenizer=char needs the text it was made from as --data_path, for its alphabet (meta.pkl is "
                              "not read: unpickling a file may run anything)")
-        tokenizer = Tokenizer("char", "".join(sorted(set(read_text(path)[1]))))
+        tokenizer = Tokenizer("char", alphabet(read_text(path)[1]))
     if isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer or "gpt2")
     V = max(tokenizer.vocab_size, vocab_size)
@@ -395,7 +400,7 @@ def open_text(path, tokenizer):
     """A text in memory, its last tenth held out -> what open_bins returns."""
     name, text = read_text(path)
     if isinstance(tokenizer, str):
-        tokenizer = Tokenizer(tokenizer or "byte", "".join(sorted(set(text))) if tokenizer == "char" else "")
+        tokenizer = Tokenizer(tokenizer or "byte", alphabet(text) if tokenizer == "char" else "")
     ids = torch.from_numpy(tokenizer.encode(text).astype(np.int32))
     cut, n = len(ids) * 9 // 10, max(1, len(ids))
     return name, tokenizer, ids[:cut], ids[cut:], [len(text) / n, len(text.encode()) / n]
@@ -591,7 +596,7 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     else:
         tok = Tokenizer(tokenizer or "byte")
         if tok.kind == "char":
-            tok = Tokenizer("char", "".join(sorted(set().union(*map(set, read_all(found, "alphabet"))))))
+            tok = Tokenizer("char", alphabet(*map(set, read_all(found, "alphabet"))))
         tok.encode("")                                                      # a vocabulary that is not there is an error before the work
         meta = {split: dict(shards=[], tokens=0, chars=0, bytes=0, at=[0, 0, 0]) for split in SPLITS}
         meta.update(tokenizer=tok.state(), dtype="uint16" if tok.vocab_size <= 1 << 16 else "uint32", settings=settings, source=found,

@@ -55,9 +55,9 @@ def masked_mean(maskable, t, noise, schedule, n):
 
 
 def elbo(maskable, t, noise, schedule, n):
-    """MDLM's bound (arXiv 2406.07524, eq. 10) in nats a token: cross-entropy weighted by m'(t) / m(t)."""
-    rate, slope = SCHEDULES[schedule](t)
-    return maskable & (noise < rate[:, None]), (slope / rate)[:, None], maskable.sum()
+    """MDLM's bound (arXiv 2406.07524, eq. 10) in nats a token: cross-entropy weighted by m'(t) / m(t). t may be (B,T), too."""
+    rate, slope = SCHEDULES[schedule](t.view(len(t), -1))
+    return maskable & (noise < rate), slope / rate, maskable.sum()
 
 
 def everything(maskable, t, noise, schedule, n):
@@ -71,35 +71,24 @@ def blockwise(maskable, t, noise, schedule, n):
     T = maskable.shape[1]
     u = (t[:, None] + torch.arange(-(-T // n)) * (5**0.5 - 1) / 2) % 1          # well spread over a row's blocks, too
     t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3)).repeat_interleave(n, 1)[:, :T]
-    rate, slope = SCHEDULES[schedule](t)
-    return maskable & (noise < rate), slope / rate, maskable.sum()
+    return elbo(maskable, t, noise, schedule, n)
 
 
-# ---- losses: (denoise, x (B,T), masked (B,T), weight broadcastable to (B,T), mask_id, lengths, n) -> sum of weighted nats ----
+# ---- logits: (denoise, x (B,T), masked (B,T), mask_id, n, lengths) -> (B,T,V), what an objective predicts each token with ----
 
 
-def weighted(logits, x, masked, weight):
-    loss = F.cross_entropy(logits[masked], x[masked], reduction="none")
-    return (loss * torch.as_tensor(weight, device=x.device).expand(masked.shape)[masked]).sum()
-
-
-def in_one_pass(denoise, x, masked, weight, mask_id, lengths=None, n=0):
+def whole_logits(denoise, x, masked, mask_id, n=0, lengths=None):
     """The whole row is seen, its masked tokens are predicted."""
-    return weighted(denoise(mask_tokens(x, masked, mask_id), lengths=lengths).logits, x, masked, weight)
+    return denoise(mask_tokens(x, masked, mask_id), lengths=lengths).logits
 
 
-def shifted(x, mask_id):
-    """The mask, as the start of the text, and all tokens but the last: a causal network then predicts each token from those before."""
-    return F.pad(x[:, :-1], (1, 0), value=mask_id)
+def next_logits(denoise, x, masked, mask_id, n=0, lengths=None):
+    """Each token from those before it, for causal networks: the mask as the start of the text, then all tokens but the last."""
+    return denoise(F.pad(x[:, :-1], (1, 0), value=mask_id), lengths=lengths).logits
 
 
-def next_token(denoise, x, masked, weight, mask_id, lengths=None, n=0):
-    """Autoregressive: exact, for causal networks."""
-    return weighted(denoise(shifted(x, mask_id), lengths=lengths).logits, x, masked, weight)
-
-
-def block_logits(denoise, x, masked, mask_id, n):
-    """x (B,T) with `masked` (B,T) -> logits (B,T,V) of every block given the clean blocks before it.
+def block_logits(denoise, x, masked, mask_id, n, lengths=None):
+    """Every block given the clean blocks before it: block diffusion whose training state is its inference state. Rows must be full.
 
     One clean pass gives the state at each block's start; all noisy blocks then go on from there at once, B * ceil(T / n) short
     rows. A block sees exactly what it sees when a text is generated block by block.
@@ -111,12 +100,7 @@ def block_logits(denoise, x, masked, mask_id, n):
     return denoise(noisy, state=states, lengths=lengths).logits.view(B, -(-T // n) * n, -1)[:, :T]
 
 
-def in_blocks(denoise, x, masked, weight, mask_id, lengths=None, n=0):
-    """Block diffusion whose training state is its inference state. Rows must be full."""
-    return weighted(block_logits(denoise, x, masked, mask_id, n), x, masked, weight)
-
-
-def b3d_logits(denoise, x, masked, mask_id, n):
+def b3d_logits(denoise, x, masked, mask_id, n, lengths=None):
     """The same from one causal stream [masked][masked][clean] a block, read at the second copy (B3D-RWKV, arXiv 2605.25969); here
     the state a block starts from has seen the masked copies before it as well. For causal networks."""
     B, T = x.shape
@@ -126,8 +110,10 @@ def b3d_logits(denoise, x, masked, mask_id, n):
     return denoise(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])[:, :, 1].flatten(1, 2)[:, :T]
 
 
-def in_a_stream(denoise, x, masked, weight, mask_id, lengths=None, n=0):
-    return weighted(b3d_logits(denoise, x, masked, mask_id, n), x, masked, weight)
+def loss(logits, denoise, x, masked, weight, mask_id, n=0, lengths=None):
+    """Sum over the masked tokens of weight * cross-entropy (nats); weight broadcastable to (B,T)."""
+    nats = F.cross_entropy(logits(denoise, x, masked, mask_id, n, lengths)[masked], x[masked], reduction="none")
+    return (nats * torch.as_tensor(weight, device=x.device).expand(masked.shape)[masked]).sum()
 
 
 # ---- bounds: (denoise, x (B,T) full rows, mask_id, generator, n) -> nats a token of each row, (B,), for reporting ----
@@ -152,12 +138,12 @@ def summed(logits, x, weight):
 def whole_bound(denoise, x, mask_id, generator, n=0):
     masked, weight = exact_count(*x.shape, generator)
     masked = masked.to(x.device)
-    return summed(denoise(mask_tokens(x, masked, mask_id)).logits, x, masked * weight.to(x.device))
+    return summed(whole_logits(denoise, x, masked, mask_id), x, masked * weight.to(x.device))
 
 
 def exact_nll(denoise, x, mask_id, generator=None, n=0):
     """No bound: -log p(x) / T itself."""
-    return summed(denoise(shifted(x, mask_id)).logits, x, 1 / x.shape[1])
+    return summed(next_logits(denoise, x, None, mask_id), x, 1 / x.shape[1])
 
 
 def block_bound(denoise, x, mask_id, generator, n, logits=block_logits):
@@ -169,19 +155,21 @@ def block_bound(denoise, x, mask_id, generator, n, logits=block_logits):
     return summed(logits(denoise, x, masked, mask_id, n), x, masked * weight)
 
 
-def b3d_bound(denoise, x, mask_id, generator, n):
-    return block_bound(denoise, x, mask_id, generator, n, b3d_logits)
-
-
 class Objective(NamedTuple):
     noise: Callable
-    loss: Callable
+    logits: Callable
     bound: Callable
+    sampler: str = "confidence"   # the row of SAMPLERS that fits
+    causal: bool = False          # is it for networks that see only what is before?
+    text: bool = False            # is it for text only, since a task has its own?
 
 
-OBJECTIVES = {"masked_mean": Objective(masked_mean, in_one_pass, whole_bound), "elbo": Objective(elbo, in_one_pass, whole_bound),
-              "task": Objective(everything, in_one_pass, whole_bound), "ar": Objective(everything, next_token, exact_nll),
-              "block": Objective(blockwise, in_blocks, block_bound), "b3d": Objective(blockwise, in_a_stream, b3d_bound)}
+b3d_bound = functools.partial(block_bound, logits=b3d_logits)
+OBJECTIVES = {"masked_mean": Objective(masked_mean, whole_logits, whole_bound), "elbo": Objective(elbo, whole_logits, whole_bound),
+              "task": Objective(everything, whole_logits, whole_bound),
+              "ar": Objective(everything, next_logits, exact_nll, "ar", causal=True, text=True),
+              "block": Objective(blockwise, block_logits, block_bound, "block", text=True),
+              "b3d": Objective(blockwise, b3d_logits, b3d_bound, "block", causal=True, text=True)}
 
 
 # ---- samplers: (denoise, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----

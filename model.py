@@ -214,6 +214,14 @@ class TimeEmbedding(nn.Module):
         return sum(mlp(torch.cat([x.cos(), x.sin()], -1)) for mlp, x in zip(self.mlps, angles))
 
 
+def low_ranks(cfg, first):
+    """The ranks of a scan's low-rank paths, by RWKV-LM's rule where the config has none. The value residual (v) mixes towards the
+    first layer's values, so that layer has none."""
+    rank = lambda chosen, factor: chosen or max(32, round(factor * cfg.n_embd**0.5 / 32) * 32)
+    paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
+    return paths if first else paths | {"v": rank(cfg.rank_v, 1.7)}
+
+
 # ---- mixers: (x (B,T,C), the layer's state or None, shared) -> y (B,T,C), state after the last token, last input (B,C) ----
 
 class Scan7(nn.Module):
@@ -229,11 +237,7 @@ class Scan7(nn.Module):
         self.ln_x = nn.GroupNorm(self.H, C, eps=64e-5)
         self.like = (like,)             # in a tuple: the parameters belong to the other one
         if like is None:
-            rank = lambda chosen, factor: chosen or max(32, round(factor * C**0.5 / 32) * 32)
-            paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
-            if not first:               # the value residual mixes towards the first layer's values, so that layer has none
-                paths["v"] = rank(cfg.rank_v, 1.7)
-            for name, D in paths.items():
+            for name, D in low_ranks(cfg, first).items():
                 setattr(self, name + "1", nn.Parameter(torch.empty(C, D)))
                 setattr(self, name + "2", nn.Parameter(torch.empty(D, C)))
             self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
@@ -365,7 +369,7 @@ class Attention(nn.Module):
         real = shared.ones().bool()
         if past is not None:
             k, v, real = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), torch.cat([past[2], real], 1)
-        mask, is_causal = shared.attention_mask(real, x.shape[1])
+        mask, is_causal = shared.attention_mask(real)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.output(y.transpose(1, 2).flatten(2)), BlockStarts(k, v, real, shared.every) if shared.every else (k, v, real), None
 
@@ -502,10 +506,10 @@ class Shared:
         at = torch.arange(self.T, device=self.device)
         return self.once("rotation", lambda: rotation(at if past is None else (past[2].sum(1, keepdim=True) + at).unsqueeze(1), N))
 
-    def attention_mask(self, real, T):
+    def attention_mask(self, real):
         """real (B, P + T): keys that are no padding -> (mask or None, is_causal) for T queries after P cached tokens."""
+        T, n = self.T, self.seen_by         # keys are seen by blocks of n; causal is blocks of one
         P = real.shape[1] - T
-        n = self.seen_by           # keys are seen by blocks; causal is blocks of one
         if self.valid is None and not P and (n == 1 or n >= T):
             return None, n == 1
         def make():

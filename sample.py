@@ -76,7 +76,7 @@ def fill(model, tokenizer, x, known, name, layout, lengths=None):
     options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
                    watch=watcher(tokenizer, model.mask_id) if watch else None)
     if name in ("block", "ar"):
-        options["eot"] = getattr(tokenizer, "eot_id", None)
+        options["eot"] = tokenizer.eot_id
     if name == "block":
         options |= dict(block_size=block_size or model.cfg.block_size, layout=layout)
     y = diffusion.SAMPLERS[name](diffusion.guided(denoise, known, model.mask_id, guidance), x, known, model.mask_id,
@@ -124,11 +124,11 @@ def main(cfg):
         raise ValueError("num_samples must be at least 1; length, steps, block_size, top_k and temperature at least 0; top_p in (0, 1]")
     model, tokenizer = nets.from_pretrained(ckpt, saved).to(dev).eval(), data.Tokenizer(**saved["tokenizer"])
     train_keys = saved["config"]
-    task, trained = tasks.chosen(train_keys), train_keys.get("objective")
-    name = sampler or {"block": "block", "b3d": "block", "ar": "ar"}.get(trained, "confidence")
-    layout = "b3d" if trained == "b3d" else "block"
-    if (name == "ar") != (trained == "ar"):
-        raise ValueError(f"sampler={name} is not for a network trained with objective={trained or 'masked_mean'}: leave sampler out")
+    task, trained = tasks.chosen(train_keys), train_keys.get("objective") or "masked_mean"
+    fits = diffusion.OBJECTIVES[trained].sampler
+    name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
+    if (name == "ar") != (fits == "ar"):
+        raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
     if task and not (prompt or suffix or prompt_file or text):
         source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
         x, masked, lengths = source.eval_rows(num_samples, seed)
@@ -141,7 +141,7 @@ def main(cfg):
     x, lengths = rows_of_text(tokenizer, model.mask_id, train_keys["seq_len"])
     y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
     for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
-        ids, eot = row[:n].tolist(), getattr(tokenizer, "eot_id", None)
+        ids, eot = row[:n].tolist(), tokenizer.eot_id
         ids = ids[:ids.index(eot) + 1] if eot in ids else ids                  # the text ends where it says so
         body = tokenizer.decode(ids) if not sys.stdout.isatty() else "".join(
             paint(c, "" if i != model.mask_id else NEW) for c, i in zip(tokenizer.characters(ids), was.tolist())).replace("⏎", "\n")

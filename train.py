@@ -109,9 +109,9 @@ OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
 def defaults_for(cfg):
     """Defaults that depend on other settings: a task's small published sizes, so that the main job takes about a minute; and
     where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
-    path = (cfg.init_from == "resume" or not cfg.train) and start_path(cfg)
-    cfg.saved = nets.load_checkpoint(path) if path else None
-    if trained := path and cfg.saved.get("config"):
+    path = start_path(cfg)
+    cfg.saved = nets.load_checkpoint(path) if path else {}
+    if trained := (cfg.init_from == "resume" or not cfg.train) and cfg.saved.get("config"):
         for key in trained.keys() & cfg.sources.keys() - set(_KEEP):
             cfg.default(key, trained[key], why=path)
         return
@@ -201,12 +201,16 @@ def log_header(cfg, model, device):
                          cwd=os.path.dirname(os.path.abspath(__file__)))
     return {"event": "start", "parameters": sum(p.numel() for p in model.parameters()), "git": git.stdout.strip() or "none",
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
-            "dtype": "bf16" if autocast(device)._enabled else "fp32",
+            "dtype": "bf16" if in_bf16(device) else "fp32",
             "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
 
 
+def in_bf16(device):
+    return dtype == "bf16" or dtype == "auto" and nets.fast_bf16(device)
+
+
 def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16" or dtype == "auto" and nets.fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device))
 
 
 class Learner(torch.nn.Module):
@@ -220,13 +224,14 @@ class Learner(torch.nn.Module):
         return self.loss(self.model, x, masked, weight, lengths=lengths)
 
 
-def check_objective(chosen, source, cfg):
-    """ValueError where an objective would measure nothing meaningful on this network or these data."""
-    name = next(k for k, row in diffusion.OBJECTIVES.items() if row is chosen)
-    if name in ("ar", "b3d") and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
+def check_objective(name, source, cfg):
+    """-> the row of OBJECTIVES. ValueError where it would measure nothing meaningful on this network or these data."""
+    chosen = diffusion.OBJECTIVES[name]
+    if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
         raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
-    if name in ("block", "b3d", "ar") and isinstance(source, data.TaskSource):
+    if chosen.text and isinstance(source, data.TaskSource):
         raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
+    return chosen
 
 
 def move_aside(path, tell):
@@ -271,7 +276,7 @@ def main(cfg):
         raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
                          f"choose batch_size={max(1, round(batch_size / (max(1, micro) * world))) * max(1, micro) * world}")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
-    saved = (cfg.saved or nets.load_checkpoint(path)) if path else {}
+    saved = cfg.saved
     source = open_source(cfg, saved)
     model = build_model(cfg, source, path, saved).to(dev)
     os.makedirs(out_dir, exist_ok=True)
@@ -285,10 +290,9 @@ def main(cfg):
     def denoise(*args, **options):
         with autocast(dev):
             return model(*args, **options)
-    chosen = diffusion.OBJECTIVES[objective or source.objective]
-    check_objective(chosen, source, model.cfg)
+    chosen = check_objective(objective or source.objective, source, model.cfg)
     bound = functools.partial(chosen.bound, n=model.cfg.block_size)
-    learner = Learner(model, functools.partial(chosen.loss, mask_id=model.mask_id, n=model.cfg.block_size))
+    learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
     learner = DistributedDataParallel(learner) if world > 1 else learner
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]

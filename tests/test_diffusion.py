@@ -47,7 +47,7 @@ def test_denoising_loss_by_hand():
         seen.append(x)
         return Logits(torch.tensor([0.25, 0.75]).log().expand(*x.shape, 2))
     x, masked = torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]])
-    loss = diffusion.in_one_pass(denoise, x, masked, torch.tensor([[2.0]]), 2)
+    loss = diffusion.loss(diffusion.whole_logits, denoise, x, masked, torch.tensor([[2.0]]), 2)
     assert loss.item() == pytest.approx(2 * (-math.log(0.75) - math.log(0.25)))
     assert seen[0].tolist() == [[2, 2, 1]]
 
@@ -96,7 +96,7 @@ def test_the_elbo_objective_agrees_with_the_exact_count_bound(schedule):
     x = STRINGS[torch.multinomial(PROBABILITY, 20000, replacement=True, generator=SEED(3))]
     t = stratified(len(x), SEED(4)).clamp_min(1e-3)
     masked, weight, total = OBJECTIVES["elbo"].noise(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), schedule, 4)
-    value = diffusion.in_one_pass(perfect, x, masked, weight, 3) / total
+    value = diffusion.loss(diffusion.whole_logits, perfect, x, masked, weight, 3) / total
     assert value.item() == pytest.approx(exhaustive_bound(x).mean().item(), rel=0.03)
 
 
@@ -258,7 +258,7 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
 def test_block_loss_reaches_every_parameter_and_no_later_block(name):
     net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, 12), generator=SEED(3))
     masked = torch.rand(2, 12, generator=SEED(4)) < 0.6
-    diffusion.in_blocks(net, x, masked, 1.0, 3, n=4).backward()
+    diffusion.loss(diffusion.block_logits, net, x, masked, 1.0, 3, n=4).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in net.named_parameters() if not n.endswith("blocks.0.att.v0"))
     before = diffusion.block_logits(net, x, masked, 3, 4)
     for at in range(12):                                               # a clean token changes the blocks after its own, masked or not
