@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7, wkv7_inputs, wkv7_output
+from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7, wkv7_mix
 
 
 @dataclass
@@ -242,10 +242,10 @@ class Scan7(nn.Module):
                 setattr(self, name + "2", nn.Parameter(torch.empty(D, C)))
             self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
 
-    def mix(self, x, last, valid, v_first, scan):
+    def mix(self, x, last, valid, v_first, **scan):
         """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, this layer's values.
 
-        scan: (r, w, k, v, a, b), each (B,T,H,N) -> y, state.
+        scan: s0 and every, as wkv7 takes them, or `scan` to call instead of it.
         """
         m = self.like[0] or self
         xr, xw, xk, xv, xa, xg = shift_mix(x, last, torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]))
@@ -254,10 +254,8 @@ class Scan7(nn.Module):
         a = (xa @ m.a1) @ m.a2                                        # in-context learning rate
         g = torch.sigmoid(xg @ m.g1) @ m.g2
         gate, v0 = (None, None) if v_first is None else ((xv @ m.v1) @ m.v2, self.v0)       # the value residual
-        w, k, v2, a, b = wkv7_inputs(w, a, k, v, gate, v_first, self.w0, self.a0, v0, self.k_k, self.k_a, valid, self.N)
-        heads = lambda z: z.unflatten(-1, (self.H, self.N))
-        y, s = scan(*map(heads, (r, w, k, v2, a, b)))
-        y = wkv7_output(y.flatten(2), r, k, v2, g, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps, self.N)
+        y, s = wkv7_mix(r, w, a, k, v, gate, v_first, g, self.w0, self.a0, v0, self.k_k, self.k_a, self.r_k, self.ln_x.weight,
+                        self.ln_x.bias, self.ln_x.eps, valid, self.N, **scan)
         return y, s, v
 
 
@@ -276,21 +274,21 @@ class RWKV7(Scan7):
 
     def forward(self, x, state, shared):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        y, s, v = self.mix(x, last, shared.valid, shared.v_first.get("forward"), lambda *z: self.scan(*z, s0, shared))
+        scan = dict(scan=lambda *z: self.scan(*z, s0, shared)) if shared.seeded else dict(s0=s0, every=shared.every)
+        y, s, v = self.mix(x, last, shared.valid, shared.v_first.get("forward"), **scan)
         shared.v_first.setdefault("forward", v)
+        if shared.every:
+            s = s[:, :-(-shared.T // shared.every)].flatten(0, 1)
         if self.fuse and shared.clean:
             y = self.fuse(y, torch.zeros_like(y))
         elif self.fuse:
-            z, _, v = self.back.mix(shared.backwards(x), None, shared.back_valid, shared.v_first.get("back"), wkv7)
+            z, _, v = self.back.mix(shared.backwards(x), None, shared.back_valid, shared.v_first.get("back"))
             shared.v_first.setdefault("back", v)
             y = self.fuse(y, shared.forwards(z))
         return self.output(y), s, shared.last(x, last)
 
     def scan(self, r, w, k, v, a, b, s0, shared):
-        """The forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where DW-JRT meets blocks."""
-        if shared.clean:
-            y, s = wkv7(r, w, k, v, a, b, s0, every=shared.every)
-            return y, s if shared.every is None else s[:, :-(-shared.T // shared.every)].flatten(0, 1)
+        """DW-JRT's forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where there are blocks."""
         ys, ends = [], []
         for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
             y, end = self.seeded(*piece, s0, shared.seeds and shared.seeds[i])
@@ -463,7 +461,7 @@ class Shared:
         self.clean, self.every, self.memo = clean, every, {}
         self.block = {"causal": 0, "bidirectional": self.T}.get(way, min(cfg.block_size, self.T))
         self.seen_by = 1 if way == "causal" else (every or cfg.block_size) if clean else self.block
-        self.piece = self.block if cfg.dw_jrt and self.block else self.T
+        self.seeded, self.piece = cfg.dw_jrt and not clean, self.block or self.T
         self.lengths = lengths
         self.valid = None if lengths is None else torch.arange(self.T, device=x.device) < lengths[:, None]
 

@@ -175,7 +175,7 @@ def build_model(cfg, source, path, saved):
 
 @torch.no_grad()
 def evaluate(denoise, source, bound, mask_id, device, step):
-    """-> ({"val_loss": ..., and acc and exact for a task, or bits_per_char with its standard error}, sample to print)."""
+    """-> ({"val_loss": ..., and acc and exact for a task, or bits a character, byte and token with standard errors}, sample to print)."""
     if isinstance(source, data.TaskSource):
         seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
         x, masked, lengths = source.eval_rows(struct_eval_n, seed)
@@ -187,12 +187,17 @@ def evaluate(denoise, source, bound, mask_id, device, step):
         return {"val_loss": loss, **{f"{source.name}_{k}": v for k, v in score.items()}}, (x[0], masked[0], pred[0])
     x, _, _ = source.eval_rows(eval_iters * batch_size)
     g = data.generator(struct_eval_seed, 0, 2)
-    nats = torch.cat([bound(denoise, a.to(device), mask_id, g).cpu() for a in x.split(batch_size)])
-    to_bits = 1 / (math.log(2) * source.chars_per_token)
+    batches = [bound(denoise, a.to(device), mask_id, g).double().cpu() for a in x.split(batch_size)]
+    nats = torch.stack([b.mean() for b in batches])
+    # the mask counts are stratified over a batch, so batches are what is independent
+    se = nats.std() / len(nats) ** 0.5 if len(nats) > 1 else batches[0].std() / len(batches[0]) ** 0.5
+    metrics = {"val_loss": nats.mean().item(), "windows": len(x)}
+    for unit, per_token in (("char", source.chars_per_token), ("byte", source.bytes_per_token), ("token", 1)):
+        if not math.isnan(per_token):      # token files without a vocabulary do not say how many characters they hold
+            metrics |= {f"bits_per_{unit}{end}": z.item() / math.log(2) / per_token for end, z in (("", nats.mean()), ("_se", se))}
     masked = torch.rand(x[0].shape, generator=g) < 0.3
     pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device)).logits[0].argmax(-1).cpu(), x[0])
-    return {"val_loss": nats.mean().item(), "bits_per_char": nats.mean().item() * to_bits,
-            "bits_per_char_se": nats.std().item() / len(nats) ** 0.5 * to_bits, "windows": len(nats)}, (x[0], masked, pred)
+    return metrics, (x[0], masked, pred)
 
 
 def log_header(cfg, model, device):
@@ -318,7 +323,12 @@ def main(cfg):
         """Evaluate, print, log -> the metrics."""
         metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
         record(event="eval", step=step, **metrics)
-        tell(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        line = []
+        for k, v in metrics.items():
+            if not k.endswith("_se"):
+                se = f" ± {metrics[k + '_se']:.4f}" if k + "_se" in metrics else ""
+                line.append(f"{k.replace('_', ' ')} {v:.4f}{se}" if isinstance(v, float) else f"{k} {v}")
+        tell(f"step {step}: " + ", ".join(line))
         if log_sample:
             tell(data.side_by_side(source.tokenizer, *sample, log_win))
         return metrics

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import wkv_cuda
-from wkv_cuda import shift_mix, squared_relu, wkv7_inputs, wkv7_output
+from wkv_cuda import shift_mix, squared_relu, wkv7_inputs, wkv7_mix, wkv7_output
 
 ROWS = ("w", "a", "k", "v", "gate", "v_first")
 PARAMETERS = ("w0", "a0", "v0", "k_k", "k_a")
@@ -88,6 +88,57 @@ def test_gradients_of_the_definitions(op):
     f, x = case(op, 2, 3, 16, 16)
     names = list(x)
     assert torch.autograd.gradcheck(lambda *z: f(**dict(zip(names, z))), [x[n].requires_grad_() for n in names])
+
+
+MIXED = ("r", "w", "a", "k", "v", "gate", "v_first", "g")
+
+
+def mix_case(B, T, N, C, some):
+    """wkv7_mix's arguments in float64: everything it takes, or nothing optional."""
+    x = leaves(B, T, C, MIXED, PARAMETERS + ("r_k", "weight", "bias"))
+    rest = dict(eps=64e-5, valid=None, head_size=N, s0=None)
+    if some:
+        rest |= dict(valid=torch.arange(T) < torch.tensor([T, max(1, T - 2)] * (B // 2)).unsqueeze(1),
+                     s0=torch.randn(B, C // N, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    else:
+        x |= dict(gate=None, v_first=None, v0=None)
+    return x | rest
+
+
+def in_dtype(x, dtype):
+    return {n: z.to(dtype) if torch.is_tensor(z) and z.is_floating_point() else z for n, z in x.items()}
+
+
+@pytest.mark.parametrize("N", wkv_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("T, every", [(1, None), (5, 2), (16, 16), (33, None), (37, 1), (40, 8)])
+@pytest.mark.parametrize("some", [True, False])
+def test_the_fused_mix_is_the_three_steps(N, T, every, some, monkeypatch):
+    """Outputs and every state of the one kernel against the definitions in float64."""
+    calls = []
+    monkeypatch.setattr(wkv_cuda.block, "_wkv7_mix", lambda *a, f=wkv_cuda.block._wkv7_mix: calls.append(1) or f(*a))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)         # fused where there is a head for every thread
+    x = mix_case(2, T, N, 2 * N, some)
+    with torch.no_grad():
+        found, wanted = (wkv7_mix(**in_dtype(x, dtype), every=every) for dtype in (torch.float32, torch.float64))
+        half = {n: z.bfloat16() if n in MIXED and z is not None else z for n, z in in_dtype(x, torch.float32).items()}
+        found_half = wkv7_mix(**half, every=every)
+        wanted_half = wkv7_mix(**in_dtype(half, torch.float64), every=every)
+    assert len(calls) == 2                   # float64 goes through the three steps
+    for name, a, b, c, d in zip(("out", "state"), found, wanted, found_half, wanted_half):
+        assert a.shape == b.shape == c.shape
+        assert (a - b).norm() <= 1e-5 * b.norm(), name
+        assert (c.double() - d).norm() <= 5e-3 * d.norm(), name
+    assert found_half[0].dtype == torch.bfloat16 and found_half[1].dtype == torch.float32
+
+
+def test_the_fused_mix_gives_way_to_gradients():
+    x = in_dtype(mix_case(2, 9, 32, 64, True), torch.float32)
+    x["r"].requires_grad_()
+    out, s = wkv7_mix(**x)
+    out.sum().backward()
+    with torch.no_grad():
+        again, s2 = wkv7_mix(**x)
+    assert x["r"].grad.abs().sum() > 0 and (out - again).abs().max() < 1e-4 * out.abs().max() and (s - s2).abs().max() < 1e-4
 
 
 def test_extreme_inputs(monkeypatch):

@@ -16,7 +16,7 @@ namespace {
 
 constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = {
     {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix}, {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
-    {"squared_relu", squared_relu}};
+    {"wkv7_mix", wkv7_mix}, {"squared_relu", squared_relu}};
 
 // An empty tensor stands for None.
 void run(std::string name, std::vector<int64_t> numbers, double eps, std::vector<torch::stable::Tensor> tensors) {

@@ -1,7 +1,7 @@
 // The memory-bound elementwise parts of a block on the CPU, each one pass over its rows forward and one backward: token shift,
 // what goes into the recurrence and what comes out of it, squared ReLU. The formulas are in block.py.
 #include <cmath>
-#include "kernels.h"
+#include "scan.h"
 
 namespace {
 
@@ -323,6 +323,61 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
     }
 }
 
+// The whole time mix between the projections, forward only: a head's tokens a few at a time through inputs_forward, the scan and
+// output_forward, so that what lies between them never leaves the cache.
+struct Wkv7Mix {
+  int64_t B, T, H, N, every;
+  const float* rows[8];                                  // r, w, a, k, v, gate, v_first, g: (B,T,C), float32 or bfloat16
+  const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *weight, *bias;
+  const bool* valid;
+  const float* s0;
+  float *out, *s;
+};
+
+template <int N>
+void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
+  constexpr int M = 16, G = N / W, WRITTEN = 18;        // WRITTEN: the buffer `out`
+  enum { R, LOGDECAY, A, K, VALUE, GATE, FIRST, OUTPUT };   // of p.rows
+  const int64_t bi = bh / p.H, h = bh % p.H, C = p.H * N, c = h * N, states = p.every ? p.T / p.every + 1 : 1;
+  alignas(64) float in[8][M][N], made[7][M][N];          // made: w, k, a, b, v, y, output
+  std::vector<Scan<N>> scans;
+  for (int64_t i0 = 0; i0 < N; i0 += Scan<N>::L) scans.emplace_back(p.s0 ? p.s0 + bh * N * N : nullptr, i0);
+  auto put = [&](const Scan<N>& scan, int64_t n) { scan.put(p.s + ((bi * states + n) * p.H + h) * N * N); };
+  for (int64_t t0 = 0; t0 < p.T; t0 += M) {
+    const int64_t len = std::min<int64_t>(M, p.T - t0);
+    for (int i = 0; i < 8; ++i)
+      for (int64_t t = 0; p.rows[i] && t < len; ++t) {
+        const int64_t o = (bi * p.T + t0 + t) * C + c;
+        if (call.half[i]) widen(reinterpret_cast<const uint16_t*>(p.rows[i]) + o, N, in[i][t]);
+        else std::memcpy(in[i][t], p.rows[i] + o, sizeof in[i][t]);
+      }
+    const float* gate = p.rows[GATE] ? *in[GATE] : nullptr;
+    Wkv7Inputs q{len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
+                 p.k_k + c, p.k_a + c, p.valid ? p.valid + bi * p.T + t0 : nullptr, *made[0], *made[1], *made[2], *made[3], *made[4]};
+    inputs_forward<G>(q, 0, len);
+    Wkv7 z{};
+    z.r = *in[R]; z.w = *made[0]; z.k = *made[1]; z.v = gate ? *made[4] : *in[VALUE]; z.a = *made[2]; z.b = *made[3]; z.y = *made[5];
+    const int64_t ahead = (bi * p.T + t0 + M) * C + c;   // what is copied next is fetched while the scan computes
+    for (Scan<N>& scan : scans)
+      scan.run(z, 0, N, 0, len, [&](int64_t t) {
+        for (int i = 0; i < 8; ++i)
+          for (int64_t byte = 0, size = call.half[i] ? 2 : 4; p.rows[i] && byte < N * size; byte += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(p.rows[i]) + (ahead + t * C) * size + byte);
+        if (p.every && (t0 + t) % p.every == 0) put(scan, (t0 + t) / p.every);
+      });
+    Wkv7Output u{len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, nullptr, *made[6]};
+    u.eps = call.eps;
+    output_forward<G>(u, 0, len);
+    for (int64_t t = 0; t < len; ++t) {
+      const int64_t o = (bi * p.T + t0 + t) * C + c;
+      if (call.half[WRITTEN]) narrow(made[6][t], N, reinterpret_cast<uint16_t*>(p.out) + o);
+      else std::memcpy(p.out + o, made[6][t], sizeof made[6][t]);
+    }
+  }
+  for (const Scan<N>& scan : scans)
+    if (!p.every || p.T % p.every == 0) put(scan, states - 1);
+}
+
 // y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
 void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
   for (int64_t i = lo; i < hi; ++i) {
@@ -354,6 +409,12 @@ void wkv7_output(const Call& call) {
   const Rows r{call, p.rows, p.C, 9};
   if (!p.back) return over_rows(r, BY_HEAD_SIZE(output_forward, p.N));
   with_sums(r, 3 * p.C, p.sums, BY_HEAD_SIZE(output_backward, p.N));
+}
+
+void wkv7_mix(const Call& call) {
+  const auto p = call.as<Wkv7Mix>(5);
+  const auto one = p.N == 16 ? mix<16> : p.N == 32 ? mix<32> : p.N == 64 ? mix<64> : mix<128>;
+  parallel_for(p.B * p.H, 1, [&](int64_t lo, int64_t hi) { for (int64_t i = lo; i < hi; ++i) one(p, call, i); });
 }
 
 void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }

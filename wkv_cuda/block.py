@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loader import backend, call, operator
-from .wkv7 import HEAD_SIZES
+from .loader import backend, call, operator, run
+from .wkv7 import HEAD_SIZES, wkv7
 
 
 def shift_mix(x, last, mix):
@@ -33,7 +33,7 @@ def shift_mix(x, last, mix):
         dtype = torch.get_autocast_dtype("cpu")
     x, last, mix = _to(kind, x, last, mix)
     if x.shape[2] % 16 == 0 and _kernel(x.device, kind):             # 16 floats are a vector of the kernel
-        out = list(ShiftMix.apply(x, last, mix, dtype == torch.bfloat16))
+        out = list(run(ShiftMix, _shift_mix, x, last, mix, dtype == torch.bfloat16))
     else:
         out = shift_mix_torch(x, last, mix)
     return [z.to(dtype) for z in out]
@@ -66,7 +66,7 @@ def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_siz
     rows = (w, a, k, *((None, None, None) if gate is None else (v, gate, v_first)))
     args = *_to(kind, *rows, half=kernel), *_to(kind, w0, a0, v0, k_k, k_a), valid, head_size
     if kernel:
-        w, k, a, b, *mixed = Wkv7Inputs.apply(*args)
+        w, k, a, b, *mixed = run(Wkv7Inputs, _wkv7_inputs, *args)
         return w, k, *(mixed or [v]), a, b
     with torch.autocast(w.device.type, enabled=False):
         w, k, mixed, a, b = wkv7_inputs_torch(*args)
@@ -87,6 +87,28 @@ def wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, he
     return w, k, v, -kk, kk * iclr
 
 
+def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, eps, valid, head_size, s0=None, every=None,
+             scan=None):
+    """All of RWKV-7's time mixing between the projections: wkv7_inputs, the recurrence, wkv7_output -> (B,T,C), and the state or states
+    that wkv7 returns. scan: what to call as the recurrence, (r, w, k, v, a, b), each (B,T,H,N) -> y, s, in place of wkv7 from s0.
+
+    Where no gradient is wanted, one kernel does it all for a few tokens at a time, and nothing in between leaves the cache.
+    """
+    kind = _kind(r)
+    tensors = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, s0)
+    if (scan or not _kernel(r.device, kind) or r.shape[0] * r.shape[2] // head_size < torch.get_num_threads()     # a head is a thread's
+            or torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        heads = lambda z: z.unflatten(-1, (-1, head_size))
+        w, k, v, a, b = wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
+        z = map(heads, (r, w, k, v, a, b))
+        y, s = scan(*z) if scan else wkv7(*z, s0, every=every)
+        return wkv7_output(y.flatten(2), r, k, v, g, r_k, weight, bias, eps, head_size), s
+    _check("wkv7_mix", r, head_size, dict(w=w, a=a, k=k, v=v, gate=gate, v_first=v_first, g=g),
+           dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a, r_k=r_k, weight=weight, bias=bias))
+    rows, params = _to(kind, *tensors[:8], half=True), _to(kind, *tensors[8:])
+    return tuple(_wkv7_mix(*rows, *params[:-1], valid, params[-1], eps, head_size, every or 0))
+
+
 def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     """From what the recurrence returns to the output projection's input, (B,T,C) in r's dtype.
 
@@ -100,7 +122,7 @@ def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     kernel = _kernel(y.device, kind)
     args = *_to(kind, y, r, k, v, g, half=kernel), *_to(kind, r_k, weight, bias), eps, head_size
     if kernel:
-        out = Wkv7Output.apply(*args)
+        out = run(Wkv7Output, _wkv7_output, *args)
     else:
         with torch.autocast(y.device.type, enabled=False):
             out = wkv7_output_torch(*args)
@@ -120,7 +142,7 @@ def squared_relu(x):
     kind = _kind(x)
     kernel = _kernel(x.device, kind)
     z, = _to(kind, x, half=kernel)
-    return (SquaredReLU.apply(z) if kernel else squared_relu_torch(z)).to(x.dtype)
+    return (run(SquaredReLU, _squared_relu, z) if kernel else squared_relu_torch(z)).to(x.dtype)
 
 
 def squared_relu_torch(x):
@@ -284,6 +306,21 @@ class Wkv7Output(torch.autograd.Function):
         args = ctx.saved_tensors
         *grads, sums = _wkv7_output_backward(*args, ctx.eps, ctx.N, dout)
         return *grads, *(d.view(p.shape) for d, p in zip(sums.unbind(), args[5:])), None, None
+
+
+def _wkv7_mix_buffers(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0, eps, N, every):
+    B, T, C = r.shape
+    return [_like(r), w0.new_empty(B, *([T // every + 1] if every else []), C // N, N, N)]
+
+
+@operator(_wkv7_mix_buffers)
+def _wkv7_mix(r: Tensor, w: Tensor, a: Tensor, k: Tensor, v: Tensor, gate: Optional[Tensor], v_first: Optional[Tensor], g: Tensor,
+              w0: Tensor, a0: Tensor, v0: Optional[Tensor], k_k: Tensor, k_a: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor,
+              valid: Optional[Tensor], s0: Optional[Tensor], eps: float, N: int, every: int) -> list[Tensor]:
+    args = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0)
+    out = _wkv7_mix_buffers(*args, eps, N, every)
+    call("wkv7_mix", (*r.shape[:2], r.shape[2] // N, N, every), (*_dense(*args), *out), eps)
+    return out
 
 
 @operator(_like)

@@ -67,4 +67,5 @@ void biwkv(const Call&);
 void shift_mix(const Call&);
 void wkv7_inputs(const Call&);
 void wkv7_output(const Call&);
+void wkv7_mix(const Call&);
 void squared_relu(const Call&);

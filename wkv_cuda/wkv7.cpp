@@ -1,69 +1,22 @@
-// RWKV-7 recurrence on the CPU: forward and backward, float32, any T, N in {16, 32, 64, 128}.
-//
-//   sa_t = S_{t-1} a_t + c_t
-//   S_t  = S_{t-1} diag(exp w_t) + sa_t b_t^T + v_t k_t^T        y_t = S_t r_t
-//
-// Row i of S (a value channel) never mixes with another row, so rows are what is shared out among vector lanes
-// (forward) and cache-sized groups (backward).
-#include "kernels.h"
+// RWKV-7 recurrence on the CPU: forward (scan.h) and backward.
+#include "scan.h"
 
 namespace {
 
-struct Wkv7 {
-  int64_t B, T, H, N, every, back;
-  const float *r, *w, *k, *v, *a, *b, *s0, *c;
-  float *y, *s, *mid, *sa;                               // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
-  const float *dy, *ds;                                  // from here on backward only
-  float *dr, *dw, *dk, *dv, *da, *db, *ds0, *dc;
-  int64_t states() const { return every ? T / every + 1 : 1; }
-};
-
-constexpr int CHUNK = 16;   // tokens between two saved states; backward recomputes the states in between
-
-// ---- forward: lanes run over value channels i, the inner loop over key channels j; no horizontal sums ----
 template <int N>
 void forward(const Wkv7& p, int64_t task) {
-  constexpr int L = std::min(N, 64), G = L / W, U = G >= 4 ? 1 : 4 / G;     // U hides the latency of the adds
-  const int64_t groups = N / L, i0 = task % groups * L, bh = task / groups, bi = bh / p.H, h = bh % p.H;
+  const int64_t groups = N / Scan<N>::L, bh = task / groups, bi = bh / p.H, h = bh % p.H;
   const int64_t step = p.H * N, base = (bi * p.T * p.H + h) * N, chunks = (p.T + CHUNK - 1) / CHUNK;
-  alignas(64) float S[N][L], ew[N], zero[N] = {};
+  Scan<N> scan(p.s0 ? p.s0 + bh * N * N : nullptr, task % groups * Scan<N>::L);
   float* out = p.s + (p.every ? (bi * p.states() * p.H + h) : bh) * N * N;
-  auto put = [&](float* dst) { for (int i = 0; i < L; ++i) for (int j = 0; j < N; ++j) dst[(i0 + i) * N + j] = S[j][i]; };
-  for (int j = 0; j < N; ++j)
-    for (int i = 0; i < L; ++i) S[j][i] = p.s0 ? p.s0[bh * N * N + (i0 + i) * N + j] : 0.f;
-  if (p.every) put(out);
-  V sa[G];
-  for (int g = 0; g < G; ++g) sa[g] = V{};
-  for (int j = 0; p.T && j < N; ++j)
-    for (int g = 0; g < G; ++g) sa[g] += load(&S[j][g * W]) * p.a[base + j];
-  for (int64_t t = 0; t < p.T; ++t) {
-    const int64_t o = base + t * step;
-    const float *k = p.k + o, *b = p.b + o, *r = p.r + o, *a = t + 1 < p.T ? p.a + o + step : zero;
-    if (p.mid && t % CHUNK == 0) put(p.mid + (bh * chunks + t / CHUNK) * N * N);
-    for (int j = 0; j < N; j += W) store(ew + j, vexp(load(p.w + o + j)));
-    V v[G], y[U][G], next[U][G];
-    for (int g = 0; g < G; ++g) {
-      v[g] = load(p.v + o + i0 + g * W);
-      if (p.c) sa[g] += load(p.c + o + i0 + g * W);
-      if (p.sa) store(p.sa + o + i0 + g * W, sa[g]);
-      for (int u = 0; u < U; ++u) y[u][g] = next[u][g] = V{};
-    }
-    for (int j = 0; j < N; j += U)
-      for (int u = 0; u < U; ++u)
-        for (int g = 0; g < G; ++g) {                    // one pass updates S, reads y and prepares the next S a
-          V s = load(&S[j + u][g * W]) * ew[j + u] + (sa[g] * b[j + u] + v[g] * k[j + u]);
-          store(&S[j + u][g * W], s);
-          y[u][g] += s * r[j + u];
-          next[u][g] += s * a[j + u];
-        }
-    for (int g = 0; g < G; ++g) {
-      for (int u = 1; u < U; ++u) { y[0][g] += y[u][g]; next[0][g] += next[u][g]; }
-      store(p.y + o + i0 + g * W, y[0][g]);
-      sa[g] = next[0][g];
-    }
-    if (p.every && (t + 1) % p.every == 0) put(out + (t + 1) / p.every * p.H * N * N);
-  }
-  if (!p.every) put(out);
+  scan.run(p, base, step, 0, p.T, [&](int64_t t) {
+    for (const float* x : {p.r, p.w, p.k, p.v, p.a, p.b})            // a head's tokens lie too far apart to be foreseen
+      for (int j = 0; j < N; j += W) __builtin_prefetch(x + base + (t + 4) * step + j);
+    if (p.mid && t % CHUNK == 0) scan.put(p.mid + (bh * chunks + t / CHUNK) * N * N);
+    if (p.every && t % p.every == 0) scan.put(out + t / p.every * p.H * N * N);
+  });
+  if (!p.every) scan.put(out);
+  else if (p.T % p.every == 0) scan.put(out + p.T / p.every * p.H * N * N);
 }
 
 // ---- backward: lanes run over key channels j; chunk by chunk from the last to the first, rows i in groups of R ----
