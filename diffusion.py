@@ -43,6 +43,31 @@ def mask_tokens(x, masked, mask_id):
     return x.masked_fill(masked, mask_id)
 
 
+# ---- which tokens of a row are masked together: (noise (B,T) uniform, maskable (B,T), span) -> noise (B,T); the lowest is masked first ----
+
+
+def independent(noise, maskable, span):
+    """Each token by itself: the forward process that the bounds are about."""
+    return noise
+
+
+def spans(noise, maskable, span):
+    """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv 1907.10529); each token is still
+    masked with probability m(t). A run begins where the noise's lower digits, independent of the upper ones, say so."""
+    begins = noise * 4096 % 1 < 1 / span
+    begins[:, 0] = True
+    first = torch.where(begins, torch.arange(noise.shape[1]), 0).cummax(1).values
+    return noise.gather(1, first)
+
+
+def suffix(noise, maskable, span):
+    """The last m(t) of each row: what a text needs that goes on from a prompt."""
+    rank = maskable.long().cumsum(1)
+    return 1 - (rank - noise[:, :1]) / rank[:, -1:].clamp_min(1)
+
+
+MASK_POLICIES = {"independent": independent, "spans": spans, "suffix": suffix}
+
 # ---- noise: (maskable (B,T) bool, t (B,), noise (B,T) uniform, schedule, n) -> masked (B,T) bool, weight, denominator ----
 # The loss is the sum over masked tokens of weight * cross-entropy, divided by the denominator summed over the whole global
 # batch: so it is the same however the batch is cut into micro-batches and processes. n: block size.

@@ -139,6 +139,9 @@ def main(cfg):
         print(f"{task}: accuracy {score['acc']:.4f}, exact {score['exact']:.4f} of {num_samples} rows")
         return
     x, lengths = rows_of_text(tokenizer, model.mask_id, train_keys["seq_len"])
+    if x.shape[1] > train_keys["seq_len"] and name not in ("block", "ar"):
+        raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={train_keys['seq_len']} this network was "
+                         "trained on, and it sees a row whole: give less, or train with --objective=block or ar, which go on without end")
     y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
     for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
         ids, eot = row[:n].tolist(), tokenizer.eot_id

@@ -42,6 +42,8 @@ random_seed = 1337          # initialisation, batches and noise
 # the objective
 objective = ""              # what is masked and how it is weighted; empty = task for a task, masked_mean for text
 schedule = "linear"         # masking rate m(t)
+mask_policy = "independent"  # which tokens are masked together in training; the bound is always that of independent ones
+mask_span = 8               # mask_policy=spans: mean length of a masked run, tokens
 # sizes
 seq_len = 128               # T, tokens in a row
 trim_rows = True            # tasks: cut off columns that are padding in every row of the batch
@@ -234,6 +236,8 @@ def check_objective(name, source, cfg):
     chosen = diffusion.OBJECTIVES[name]
     if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
         raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
+    if mask_policy == "suffix" and chosen.noise is diffusion.blockwise:
+        raise ValueError(f"mask_policy=suffix masks the end of a whole row, objective={name} masks in each block: choose spans or independent")
     if chosen.text and isinstance(source, data.TaskSource):
         raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
     return chosen
@@ -273,7 +277,7 @@ def main(cfg):
     nets.tune_cpu()
 
     # what the settings must satisfy before anything is built or overwritten
-    for key in ("seq_len", "batch_size", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
+    for key in ("seq_len", "batch_size", "mask_span", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
     micro = device_bsz or max(1, batch_size // world)
@@ -343,7 +347,8 @@ def main(cfg):
         report(saved.get("step", 0))
         return finish(source, model, denoise, dev, tell)
 
-    noise = functools.partial(chosen.noise, schedule=schedule, n=model.cfg.block_size)
+    policy = diffusion.MASK_POLICIES[mask_policy]
+    noise = lambda maskable, t, u: chosen.noise(maskable, t, policy(u, maskable, mask_span), schedule, model.cfg.block_size)
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
     saved_at, clock, since = start if start else None, time.perf_counter(), start
@@ -409,5 +414,5 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
-                       choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES,
+                       choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES, mask_policy=diffusion.MASK_POLICIES,
                                     optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import OBJECTIVES, SAMPLERS, SCHEDULES, Logits, draw, extend, guided, mask_tokens, stratified
+from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, Logits, draw, extend, guided, mask_tokens, stratified
 from model import Denoiser, ModelConfig
 
 SEED = lambda n=0: torch.Generator().manual_seed(n)
@@ -38,6 +38,28 @@ def test_objectives_by_hand():
     assert torch.equal(masked, hidden) and weight.flatten().tolist() == [2, 4] and total == 7
     masked, _, total = OBJECTIVES["task"].noise(maskable, t, noise, "linear", 4)
     assert torch.equal(masked, maskable) and total == 7
+
+
+def test_mask_policies():
+    """Whatever is masked together, each token is masked with probability m(t); runs have the length asked for, suffixes are suffixes."""
+    u, all_of_it = torch.rand(400, 256, generator=SEED(5)), torch.ones(400, 256, dtype=torch.bool)
+    for name, policy in MASK_POLICIES.items():
+        noise = policy(u, all_of_it, 8)
+        for rate in (0.1, 0.5, 0.9):
+            masked = noise < rate
+            assert masked.float().mean() == pytest.approx(rate, abs=0.02), name
+            if name != "suffix":             # at every position
+                assert (masked.float().mean(0) - rate).abs().max() < 0.12, name
+    assert torch.equal(MASK_POLICIES["independent"](u, all_of_it, 8), u)
+    together = MASK_POLICIES["spans"](u, all_of_it, 8)
+    runs = (together[:, 1:] != together[:, :-1]).sum(1).add(1)
+    assert 256 / runs.float().mean() == pytest.approx(8, rel=0.05)
+    values = together[:, 1:][together[:, 1:] != together[:, :-1]]             # a run's level does not depend on where it begins
+    assert values.mean() == pytest.approx(0.5, abs=0.01) and values.std() == pytest.approx(12**-0.5, abs=0.01)
+    maskable = torch.zeros(400, 256, dtype=torch.bool)
+    maskable[:, 10:20] = True
+    masked = (MASK_POLICIES["suffix"](u, maskable, 8) < 0.35) & maskable
+    assert set(masked.sum(1).tolist()) == {3, 4} and masked[:, 17:20].all() and not masked[:, :16].any()
 
 
 def test_denoising_loss_by_hand():

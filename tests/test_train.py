@@ -106,8 +106,10 @@ def test_text_end_to_end(run, tmp_path):
     assert ok(run("sample.py", "--text=the c__ sat", "--num_samples=2", "--seed=3")).split("---")[1:] == shown.split("---")[1:]
     shown = ok(run("sample.py", "--prompt=a dog", "--length=20", "--num_samples=1", "--watch=1", "--watch_delay=0", "--threshold=2", "--steps=5"))
     assert "20 tokens in 5 denoiser calls" in shown and sum(line.startswith("  a dog") for line in shown.splitlines()) == 5
-    # Bytes, bf16, going on from weights with another objective.
-    ok(run("train.py", "--out_dir=fine", "--init_from=out/ckpt.pt", "--objective=elbo", "--dtype=bf16", "--max_iters=2", **{k: v for k, v in small.items() if k != "MAX_ITERS"}))
+    refused = run("sample.py", "--prompt=a dog", "--length=40")
+    assert refused.returncode == 2 and "a row of 45 tokens" in refused.stderr and "seq_len=32" in refused.stderr
+    # Bytes, bf16, masked runs, going on from weights with another objective.
+    ok(run("train.py", "--out_dir=fine", "--init_from=out/ckpt.pt", "--objective=elbo", "--mask_policy=spans", "--dtype=bf16", "--max_iters=2", **{k: v for k, v in small.items() if k != "MAX_ITERS"}))
 
 
 def test_with_no_data_at_all_it_learns_the_standard_library(run, tmp_path):
