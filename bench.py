@@ -32,7 +32,7 @@ rounds = 3                  # how often speed is measured, in turn; the median i
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
-only = ""                   # tasks: only the rows whose name holds this
+only = ""                   # tasks: only the rows whose name holds this; text: only these, separated by ;
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 
@@ -169,7 +169,7 @@ def parameters(cfg):
 
 def attention_twin(cfg, **changes):
     """The attention network with as many parameters as cfg's: the channel mix takes what the time mix does not need."""
-    twin = dataclasses.replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift=False, **changes)
+    twin = dataclasses.replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift="none", **changes)
     spare = parameters(cfg) - parameters(twin)
     return dataclasses.replace(twin, dim_ffn=(twin.dim_ffn or 4 * twin.n_embd) + round(spare / (2 * twin.n_embd * twin.n_layer)))
 
@@ -275,23 +275,27 @@ def suite_ablation():
     return {"rows": found}
 
 
-TEXT = {"ar": ["--objective=ar", "--direction=causal"],
-        **{f"block {n}": ["--objective=block", "--direction=block", "--tie_directions=1", f"--block_size={n}"] for n in (4, 16, 64)},
-        "bidirectional": ["--direction=bidirectional", "--tie_directions=1"],
-        "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1"], "causal": ["--direction=causal"],
-        "attention": ["--mixer=attention", "--dim_ffn=672"], "attention, no token shift": ["--mixer=attention", "--dim_ffn=672", "--ffn_shift=0"]}
+ONE_SIDED = ["--tie_directions=1", "--ffn_shift=before"]
+TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
+        **{f"block {n}": ["--objective=block", "--direction=block", f"--block_size={n}", *ONE_SIDED] for n in (4, 16, 64)},
+        "bidirectional": ["--direction=bidirectional", *ONE_SIDED], "bidirectional, ffn_shift=both": ["--direction=bidirectional"],
+        "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
+        "attention": ["--mixer=attention", "--dim_ffn=683", "--ffn_shift=none", "--muon_lr=0.04"],
+        "attention, ffn_shift=both": ["--mixer=attention", "--dim_ffn=683"]}
 
 
 def suite_text():
     """Bits per character on held-out text (data_path), by objective and network: at most 1.05 M parameters, T=128, 64 rows a step,
     three budgets of steps, three seeds. What is in the JSON file already is not run again."""
-    path, budgets, found = os.path.join(out, "text.json"), ((15, 1),) if quick else ((600, 3), (300, 3), (150, 3)), {}
+    path, budgets, found = os.path.join(out, "text.json"), ((15, 1),) if quick else ((600, 3), (300, 1), (150, 1)), {}
     if os.path.exists(path) and not quick:
         with open(path) as f:
             found = json.load(f)["runs"]
     for steps, seeds in budgets:
         for seed in range(seeds):
             for name, options in TEXT.items():
+                if only and name not in only.split(";"):
+                    continue
                 key = f"{name}, {steps} steps, seed {1337 + seed}"
                 if key in found:
                     continue
@@ -304,10 +308,10 @@ def suite_text():
                 print(f"{key}: {last['bits_per_char']:.4f} ± {last['bits_per_char_se']:.4f} bits a character", flush=True)
                 write("text", {"runs": found})
     rows = []
-    for name in TEXT:
+    for name in dict.fromkeys(run["name"] for run in found.values()):
         runs = [run for run in found.values() if run["name"] == name]
         by = {steps: [run["bits"] for run in runs if run["steps"] == steps] for steps, _ in budgets}
-        rows.append([name, f"{runs[0]['parameters'] / 1e6:.3f} M", *(spread(bits) for bits in by.values()),
+        rows.append([name, f"{runs[0]['parameters'] / 1e6:.3f} M", *(spread(bits) if bits else "" for bits in by.values()),
                      f"{statistics.mean(run['se'] for run in runs):.4f}", f"{statistics.median(run['ms'] for run in runs):.0f}"])
     table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
           ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e.", "ms a step"], rows)

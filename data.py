@@ -471,20 +471,22 @@ def generator(seed, step, stream):
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def make_batches(source, noise, stratified, B, device_bsz, seed, start=0, rank=0, world=1):
-    """Endless: for each step from `start`, this process's micro-batches, a list of (x, masked, weight, lengths), and the
+def make_batches(source, noise, stratified, B, device_bsz, seed, start=0, rank=0, world=1, channels=0):
+    """Endless: for each step from `start`, this process's micro-batches, a list of (x, masked, weight, lengths, eps), and the
     denominator of its loss. Noise is drawn for the whole global batch of B rows, of which rank takes its share.
 
-    noise: that of a row of diffusion.OBJECTIVES with its schedule and n; stratified: diffusion.stratified. lengths is None where all rows are full.
+    noise: (step, maskable, t, uniform noise) -> masked, weight, denominator, as a row of diffusion.OBJECTIVES has it; stratified:
+    diffusion.stratified. lengths is None where all rows are full. eps: (B,T,channels) normal noise, None without channels.
     """
     lo, hi = rank * B // world, (rank + 1) * B // world
     for step in itertools.count(start):
         x, maskable, lengths = source.train_rows(step, B, lo, hi, seed)
         g = generator(seed, step, 0)
         t, u = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi, :x.shape[1]]
-        masked, weight, denominator = noise(maskable, t, u)
+        masked, weight, denominator = noise(step, maskable, t, u)
         weight = torch.as_tensor(weight).expand(masked.shape)
-        yield list(split(device_bsz, x, masked, weight, lengths)), denominator
+        eps = torch.randn(B, source.T, channels, generator=g)[lo:hi, :x.shape[1]] if channels else None
+        yield list(split(device_bsz, x, masked, weight, lengths, eps)), denominator
 
 
 def split(n, *tensors):

@@ -1,15 +1,33 @@
-"""Masked (absorbing) text diffusion: noise schedules, objectives, the likelihood bound, samplers.
+"""Text diffusion, masked (absorbing) and Gaussian (on embeddings): noise schedules, objectives, the likelihood bound, samplers.
 
-B batch, T time, V vocabulary; t in (0, 1] is the noise level, m(t) the share of tokens masked at t, m(1) = 1.
+B batch, T time, V vocabulary, C channels; t in (0, 1] is the noise level, m(t) the share of tokens masked at t, m(1) = 1.
 `denoise` is any callable (ids (B,T), lengths=None, state=None, clean=False, every=None) -> an object with `logits` (B,T,V) and
-`state`, as model.Denoiser is one; only block diffusion uses state, clean and every. Randomness is passed in.
+`state`, as model.Denoiser is one; only block diffusion uses state, clean and every. Gaussian diffusion calls it as (x_t (B,T,C), t (B,T),
+before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is passed in.
 """
 import functools
 import math
-from typing import Callable, NamedTuple
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass
+class DiffusionConfig:
+    objective: str = ""             # what is noised and how it is weighted; empty = task for a task, masked_mean for text
+    schedule: str = "linear"        # masks: masking rate m(t)
+    mask_policy: str = "independent"  # masks: which tokens are masked together in training; the bound is always that of independent ones
+    mask_span: int = 8              # mask_policy=spans, and gaussian: mean length of a run, tokens
+    beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
+    noise_shift: float = 4.0        # gaussian: at each t the signal's amplitude is this much weaker against the noise
+    diffusion_steps: int = 1000     # gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
+    prediction_type: str = "x0"     # gaussian: what the network predicts
+    diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE of the prediction; mixed = and token_loss_weight * cross-entropy; tokens = that alone
+    token_loss_weight: float = 1.0  # gaussian: of the cross-entropy of the predicted x_0 against the embeddings
+    drop_given: float = 0.1         # gaussian: share of rows noised whole, nothing of them given, so that guidance has something to compare with
+    noise_levels: str = "1"         # gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
 
 # ---- schedules: t -> (m(t), m'(t)), with m(0) = 0 and m(1) = 1 ----
 
@@ -54,7 +72,7 @@ def independent(noise, maskable, span):
 def spans(noise, maskable, span):
     """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv 1907.10529); each token is still
     masked with probability m(t). A run begins where the noise's lower digits, independent of the upper ones, say so."""
-    begins = noise * 4096 % 1 < 1 / span
+    begins = digits(noise) < 1 / span
     begins[:, 0] = True
     first = torch.where(begins, torch.arange(noise.shape[1]), 0).cummax(1).values
     return noise.gather(1, first)
@@ -68,35 +86,53 @@ def suffix(noise, maskable, span):
 
 MASK_POLICIES = {"independent": independent, "spans": spans, "suffix": suffix}
 
-# ---- noise: (maskable (B,T) bool, t (B,), noise (B,T) uniform, schedule, n) -> masked (B,T) bool, weight, denominator ----
+# ---- noise: (maskable (B,T) bool, t (B,), noise (B,T) uniform, cfg, n) -> masked (B,T) bool, weight, denominator ----
 # The loss is the sum over masked tokens of weight * cross-entropy, divided by the denominator summed over the whole global
-# batch: so it is the same however the batch is cut into micro-batches and processes. n: block size.
+# batch: so it is the same however the batch is cut into micro-batches and processes. cfg: a DiffusionConfig; n: block size.
 
 
-def masked_mean(maskable, t, noise, schedule, n):
+def masked_mean(maskable, t, noise, cfg, n):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
-    masked = maskable & (noise < SCHEDULES[schedule](t)[0][:, None])
+    masked = maskable & (together(noise, maskable, cfg) < SCHEDULES[cfg.schedule](t)[0][:, None])
     return masked, 1.0, masked.sum()
 
 
-def elbo(maskable, t, noise, schedule, n):
+def elbo(maskable, t, noise, cfg, n):
     """MDLM's bound (arXiv 2406.07524, eq. 10) in nats a token: cross-entropy weighted by m'(t) / m(t). t may be (B,T), too."""
-    rate, slope = SCHEDULES[schedule](t.view(len(t), -1))
-    return maskable & (noise < rate), slope / rate, maskable.sum()
+    rate, slope = SCHEDULES[cfg.schedule](t.view(len(t), -1))
+    return maskable & (together(noise, maskable, cfg) < rate), slope / rate, maskable.sum()
 
 
-def everything(maskable, t, noise, schedule, n):
+def together(noise, maskable, cfg):
+    return MASK_POLICIES[cfg.mask_policy](noise, maskable, cfg.mask_span)
+
+
+def everything(maskable, t, noise, cfg, n):
     """All maskable tokens, mean cross-entropy: a task's answer in one step; a text token by token."""
     return maskable, 1.0, maskable.sum()
 
 
-def blockwise(maskable, t, noise, schedule, n):
+def blockwise(maskable, t, noise, cfg, n):
     """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8), a noise level for each block; a tenth of the
     blocks is fully masked, as every block is when its denoising starts."""
     T = maskable.shape[1]
     u = (t[:, None] + torch.arange(-(-T // n)) * (5**0.5 - 1) / 2) % 1          # well spread over a row's blocks, too
     t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3)).repeat_interleave(n, 1)[:, :T]
-    return elbo(maskable, t, noise, schedule, n)
+    return elbo(maskable, t, noise, cfg, n)
+
+
+def digits(noise):
+    """From uniform numbers others, independent of them: their lower digits."""
+    return noise * 4096 % 1
+
+
+def gaussian_noise(maskable, t, noise, cfg, n):
+    """Gaussian noise instead of masks; the weight is each token's noise level, 0 for what is given. Given is what may not be masked; in
+    a text, where all may, a random share of it in runs. A share drop_given of the rows is noised whole."""
+    dropped = digits(noise[:, :1]) < cfg.drop_given
+    text = maskable.all(1, keepdim=True)
+    masked = maskable & (~text | dropped | (spans(noise, maskable, cfg.mask_span) < digits(noise[:, -1:])))
+    return masked, t[:, None] * (masked | dropped), masked.sum()
 
 
 # ---- logits: (denoise, x (B,T), masked (B,T), mask_id, n, lengths) -> (B,T,V), what an objective predicts each token with ----
@@ -180,13 +216,169 @@ def block_bound(denoise, x, mask_id, generator, n, logits=block_logits):
     return summed(logits(denoise, x, masked, mask_id, n), x, masked * weight)
 
 
+# ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
+# Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1. Closed forms, so that t may be continuous.
+
+
+def linear_beta(t):
+    """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t + 9.95 t^2)) (arXiv 2011.13456)."""
+    return torch.exp(-(0.1 * t + 9.95 * t**2))
+
+
+def cosine_beta(t, s=0.008):
+    """Nichol & Dhariwal (arXiv 2102.09672, eq. 17)."""
+    return (torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)) ** 2
+
+
+def sigmoid_beta(t, start=-3.0, end=3.0):
+    """Jabri et al. (arXiv 2212.11972, algorithm 1)."""
+    lo, hi = (1 / (1 + math.exp(-z)) for z in (start, end))
+    return (hi - torch.sigmoid(t * (end - start) + start)) / (hi - lo)
+
+
+BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmoid_beta}
+
+
+def abar(t, cfg):
+    """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of cfg.diffusion_steps steps, if any.
+    ValueError for t outside.
+
+    With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093, section 2.1). An embedding
+    of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its amplitude: unshifted, most levels teach nothing.
+    """
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give values in (0, 1]; 0 is for what is given")
+    t = t.double()
+    if cfg.diffusion_steps:
+        t = (t * cfg.diffusion_steps - 1e-6).ceil().clamp_min(0) / cfg.diffusion_steps
+    share = BETA_SCHEDULES[cfg.beta_schedule](t).clamp(1e-9, 1)
+    return share / (share + (1 - share) * cfg.noise_shift**2)
+
+
+def amplitudes(t, cfg):
+    """t (B,T) -> sqrt(abar) and sqrt(1 - abar), each (B,T,1) float32."""
+    share = abar(t, cfg).unsqueeze(-1)
+    return share.sqrt().float(), (1 - share).sqrt().float()
+
+
+class Prediction(NamedTuple):
+    target: Callable      # (x_0, eps, a, s) -> what the network is to predict
+    x0: Callable          # (prediction, x_t, a, s) -> x_0; a = sqrt(abar), s = sqrt(1 - abar)
+
+
+PREDICTIONS = {"epsilon": Prediction(lambda x0, eps, a, s: eps, lambda p, x, a, s: (x - s * p) / a),
+               "x0": Prediction(lambda x0, eps, a, s: x0, lambda p, x, a, s: p),
+               "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}    # arXiv 2202.00512
+MODES = {"diffusion": (True, False), "mixed": (True, True), "tokens": (False, True)}     # MSE? cross-entropy?
+
+
+def rounding(x0, table):
+    """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length, so the likeliest token is the nearest embedding."""
+    with torch.autocast(x0.device.type, enabled=False):
+        return x0 @ table.T * table.shape[1] ** -0.5
+
+
+def estimate(denoise, x_t, t, table, cfg, **options):
+    """-> x_0 (B,T,C), logits (B,T,V), the prediction itself (None for diffusion_mode=tokens), and its amplitudes a, s."""
+    a, s = amplitudes(t, cfg)
+    out = denoise(x_t, t=t, **options)
+    if not MODES[cfg.diffusion_mode][0]:
+        logits = out.logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ table, logits, None, a, s
+    vector = out.vector.float()
+    x0 = PREDICTIONS[cfg.prediction_type].x0(vector, x_t, a, s)
+    # Where a is nearly 0 an error in eps becomes a huge one in x_0: no longer than twice an embedding.
+    x0 = x0 * (2 * table.shape[1] ** 0.5 / x0.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
+    return x0, rounding(x0, table), vector, a, s
+
+
+def embedded(x, t, eps, table, cfg):
+    """Tokens x (B,T), levels t (B,T) with 0 for what is given -> x_0 and x_t, (B,T,C)."""
+    x0 = F.embedding(x, table)
+    a, s = amplitudes(t, cfg)
+    return x0, a * x0 + s * eps
+
+
+def gaussian_terms(net, x, t, eps, cfg, lengths=None):
+    """Per token (B,T): {"mse": ..., "ce": ...} of the terms that cfg.diffusion_mode has, and the logits. Half the rows of a network that takes
+    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202)."""
+    table = net.table()
+    x0, x_t = embedded(x, t, eps, table, cfg)
+    before = None
+    if net.cfg.self_cond:
+        with torch.no_grad():
+            before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
+    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+    terms = {}
+    if vector is not None:                 # the embeddings must not move towards what is easily predicted: that is how they collapse
+        terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, a, s)).square().mean(-1)
+    if MODES[cfg.diffusion_mode][1]:
+        terms["ce"] = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
+    return terms, logits
+
+
+def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, cfg=None):
+    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T)."""
+    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths)
+    scale = {"mse": 1.0, "ce": cfg.token_loss_weight if len(terms) > 1 else 1.0}
+    return sum(scale[name] * term[masked].sum() for name, term in terms.items())
+
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@torch.no_grad()
+def gaussian_report(net, x, masked, lengths, generator, cfg):
+    """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number}, alarm or "").
+
+    At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine, the
+    distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw embeddings and
+    their largest mean cosine. val_loss is the mean over the levels.
+    """
+    table, found, alarm, share = net.table(), {}, "", 0.0
+    losses = []
+    for level in LEVELS:
+        t = level * masked.float()
+        eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
+        _, x_t = embedded(x, t, eps, table, cfg)
+        before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] if net.cfg.self_cond else None
+        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+        token = logits.argmax(-1)
+        terms = {}
+        if vector is not None:
+            terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(F.embedding(x, table), eps, a, s)).square().mean(-1)[masked].mean().item()
+        if MODES[cfg.diffusion_mode][1]:
+            terms["ce"] = F.cross_entropy(logits[masked], x[masked]).item()
+        near = F.embedding(token, table)
+        found |= {f"{name}_{level}": value for name, value in terms.items()}
+        found[f"round_acc_{level}"] = (token == x)[masked].float().mean().item()
+        found[f"drift_{level}"] = ((x0 - near).norm(dim=-1) / table.shape[1] ** 0.5)[masked].mean().item()
+        found[f"cosine_{level}"] = F.cosine_similarity(x0, near, dim=-1)[masked].mean().item()
+        losses.append(terms.get("mse", 0) + (cfg.token_loss_weight if "mse" in terms else 1) * terms.get("ce", 0))
+        most = token[masked].bincount().max().item() / masked.sum().item()
+        if level <= 0.5 and most > 0.9 and x[masked].bincount().max().item() < 0.5 * masked.sum().item():
+            alarm, share = alarm or f"at noise level {level} one token takes {most:.0%} of what is rounded", most
+    similar = table @ table.T / table.shape[1]
+    mean_cosine = (similar.sum() - len(table)) / max(1, len(table) * (len(table) - 1))
+    length = net.emb.weight[:-1].norm(dim=-1)
+    found |= {"embedding_norm_min": length.min().item(), "embedding_norm_mean": length.mean().item(), "embedding_norm_max": length.max().item(),
+              "embedding_mean_cosine": mean_cosine.item()}
+    if mean_cosine > 0.9:
+        alarm = alarm or f"the embeddings have nearly one direction (mean cosine {mean_cosine:.2f})"
+    if alarm:
+        alarm = f"COLLAPSE: {alarm}: raise token_loss_weight, use diffusion_mode=mixed, or freeze the embeddings (freeze=emb)"
+    return {"val_loss": sum(losses) / len(losses), **found}, alarm
+
+
 class Objective(NamedTuple):
     noise: Callable
-    logits: Callable
-    bound: Callable
+    logits: Optional[Callable] = None
+    bound: Optional[Callable] = None
     sampler: str = "confidence"   # the row of SAMPLERS that fits
     causal: bool = False          # is it for networks that see only what is before?
     text: bool = False            # is it for text only, since a task has its own?
+    gaussian: bool = False        # noise on embeddings instead of masks?
 
 
 b3d_bound = functools.partial(block_bound, logits=b3d_logits)
@@ -194,7 +386,10 @@ OBJECTIVES = {"masked_mean": Objective(masked_mean, whole_logits, whole_bound), 
               "task": Objective(everything, whole_logits, whole_bound),
               "ar": Objective(everything, next_logits, exact_nll, "ar", causal=True, text=True),
               "block": Objective(blockwise, block_logits, block_bound, "block", text=True),
-              "b3d": Objective(blockwise, b3d_logits, b3d_bound, "block", causal=True, text=True)}
+              "b3d": Objective(blockwise, b3d_logits, b3d_bound, "block", causal=True, text=True),
+              "gaussian": Objective(gaussian_noise, sampler="ddim", gaussian=True)}
+CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES), "beta_schedule": BETA_SCHEDULES,
+           "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
 
 # ---- samplers: (denoise, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----
@@ -350,8 +545,75 @@ def ar(denoise, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.
     return x
 
 
+# ---- Gaussian samplers: one step from x_t to x_s, s < t ----
+# (x_0 (B,T,C), x_t, abar_t, abar_s, eta, generator) -> x_s; the abars are numbers.
+
+
+def ddpm(x0, x_t, at, as_, eta, generator):
+    """The posterior q(x_s | x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7); eta is not used."""
+    beta = 1 - at / as_
+    mean = as_**0.5 * beta / (1 - at) * x0 + (at / as_) ** 0.5 * (1 - as_) / (1 - at) * x_t
+    return mean + (beta * (1 - as_) / (1 - at)) ** 0.5 * normal(x_t, generator)
+
+
+def ddim(x0, x_t, at, as_, eta, generator):
+    """DDIM (arXiv 2010.02502, eq. 12 and 16): eta 0 is deterministic, 1 has DDPM's variance."""
+    sigma = eta * ((1 - as_) / (1 - at) * (1 - at / as_)) ** 0.5
+    eps = (x_t - at**0.5 * x0) / (1 - at) ** 0.5
+    x = as_**0.5 * x0 + max(0.0, 1 - as_ - sigma**2) ** 0.5 * eps
+    return x + sigma * normal(x_t, generator) if eta else x
+
+
+def normal(like, generator):
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50, eta=0.0, clamp=False, guidance=1.0, temperature=0.0, top_k=0,
+                    top_p=1.0, lengths=None, watch=None, **unused):
+    """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network sees them
+    without noise.
+
+    net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t, at most cfg.diffusion_steps.
+    clamp: every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: as in `guided`, on
+    x_0, the unconditional side having what is given noised, too. temperature 0 rounds to the nearest embedding, otherwise tokens
+    are drawn from the last estimate's logits (top_k, top_p).
+    """
+    if cfg.diffusion_steps and steps > cfg.diffusion_steps:
+        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: give at most those")
+    if guidance != 1 and not cfg.drop_given:
+        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): leave guidance at 1")
+    table = net.table()
+    given, clean = known.unsqueeze(-1), F.embedding(x.masked_fill(~known, 0), table)
+    x_t = normal(clean, generator)
+    before = before_free = None
+    levels = [i / (steps or 50) for i in range(steps or 50, -1, -1)]
+    if cfg.diffusion_steps:
+        levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
+    for t, s in zip(levels, levels[1:]):
+        at, as_ = abar(torch.tensor([t, s]), cfg).tolist()
+        level = x_t.new_full(x.shape, t)
+        options = dict(lengths=lengths, before=before)
+        x0, logits, *_ = estimate(net, torch.where(given, clean, x_t), level.masked_fill(known, 0), table, cfg, **options)
+        if net.cfg.self_cond:
+            before = x0
+        if guidance != 1:
+            noised = torch.where(given, at**0.5 * clean + (1 - at) ** 0.5 * normal(clean, generator), x_t)
+            free, free_logits, *_ = estimate(net, noised, level, table, cfg, lengths=lengths, before=before_free)
+            if net.cfg.self_cond:
+                before_free = free
+            x0, logits = free + guidance * (x0 - free), free_logits + guidance * (logits - free_logits)
+        if clamp:
+            x0 = F.embedding(logits.argmax(-1), table)
+        if watch:
+            watch(torch.where(known, x, logits.argmax(-1)), ~known)
+        x_t = GAUSSIAN_STEPS[rule](x0, x_t, at, as_, eta, generator) if s else x0
+    return torch.where(known, x, draw(logits, temperature, top_k, top_p, generator)[0])
+
+
+GAUSSIAN_STEPS = {"ddpm": ddpm, "ddim": ddim}
+
 SAMPLERS = {rule.__name__: functools.partial(decode, rule) for rule in (confidence, topk, ancestral, first_hitting)}
-SAMPLERS |= {"block": block, "ar": ar}
+SAMPLERS |= {"block": block, "ar": ar} | {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
 
 
 def extend(denoise, prompt, n, length, mask_id, generator, sampler="confidence", **options):

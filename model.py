@@ -33,9 +33,11 @@ class ModelConfig:
     time_cond: str = "none"         # how the noise level enters each block
     time_dim: int = 128             # width of its sinusoidal embedding
     time_inputs: int = 1            # noise levels: 1 = the text's, 2 = also a latent's
+    gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
+    self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
     norm: str = "layer"             # the norms before mixers and at the end
     tie_embeddings: bool = False    # the head is the token embedding
-    ffn_shift: bool = True          # token shift in the channel mix
+    ffn_shift: str = "before"       # token shift in the channel mix: none; from the token before; both = half the channels from each side
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 3.0       # factor on the seed
@@ -60,6 +62,7 @@ class Output(NamedTuple):
     logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
     hidden: Tensor             # (B,T,C), after the last norm
     latent: Optional[Tensor]   # (B,D) where the model has a latent head
+    vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
     state: list                # one LayerState a layer, after the last token
 
 
@@ -334,20 +337,13 @@ class BiWKV(nn.Module):
     def forward(self, x, state, shared):
         if state is not None:
             raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: feed it whole, or use mixer=rwkv7")
-        xx = bi_shift(x if shared.valid is None else x * shared.valid[..., None]) - x
-        xr, xk, xv = (torch.addcmul(x, xx, m) for m in (self.x_r, self.x_k, self.x_v))
+        xr, xk, xv = shift_mix(shared.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), both=True)
         r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
         if shared.valid is not None:
             k = k.masked_fill(~shared.valid[..., None], -math.inf)
-        dw, du = self.time(F.silu(shared.time)).float().squeeze(1).chunk(2, -1)     # (B,C)
+        dw, du = self.time(F.silu(shared.row_time())).float().chunk(2, -1)          # (B,C)
         y = biwkv(F.softplus(self.decay + dw), self.bonus + du, k, v)
         return self.output(r * self.ln_x(y)), None, None
-
-
-def bi_shift(x):
-    """Half the channels of each token come from the token before it, half from the one after it (zeros beyond the ends)."""
-    left, right = x.chunk(2, -1)
-    return torch.cat([F.pad(left, (0, 0, 1, 0))[:, :-1], F.pad(right, (0, 0, 0, 1))[:, 1:]], -1)
 
 
 class Attention(nn.Module):
@@ -414,22 +410,23 @@ def rotate(x, cos, sin):
 
 TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-CHOICES = {"direction": RWKV7.directions, "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT}
+CHOICES = {"direction": RWKV7.directions, "ffn_shift": ("none", "before", "both"), "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT}
 
 
 class ChannelMix(nn.Module):
-    """RWKV-7 channel mixing: token shift (unless ffn_shift=0) and a squared-ReLU MLP."""
+    """RWKV-7 channel mixing: token shift and a squared-ReLU MLP."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift else None
+        self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift != "none" else None
+        self.both = cfg.ffn_shift == "both"
         self.key = nn.Linear(cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, bias=False)
         self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, state, shared):
         k, last = x, None if state is None else state.ffn_shift
         if self.x_k is not None:
-            k, = shift_mix(x, last, self.x_k)
+            k, = shift_mix(x if not self.both else shared.unpadded(x), last, self.x_k, self.both)
         return self.value(squared_relu(self.key(k))), shared.last(x, last)
 
 
@@ -465,6 +462,13 @@ class Shared:
         self.lengths = lengths
         self.valid = None if lengths is None else torch.arange(self.T, device=x.device) < lengths[:, None]
 
+    def row_time(self):
+        """(B,C), the embedded noise level of each row: the mean over its real tokens."""
+        if self.time.shape[1] == 1:
+            return self.time[:, 0]
+        real = self.ones().unsqueeze(-1)
+        return (self.time * real).sum(1) / real.sum(1)
+
     def last(self, x, before):
         """What token shift must know of x (B,T,C) to go on: its last real token; with `every` the one before each block."""
         if self.every:
@@ -472,9 +476,13 @@ class Shared:
             return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
         return x[:, -1] if self.lengths is None else x[torch.arange(self.B, device=x.device), self.lengths - 1]
 
+    def unpadded(self, x):
+        """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
+        return x if self.valid is None else x * self.valid[..., None]
+
     def backwards(self, x):
         """(B,T,C) -> (B * blocks, n, C): each block reversed, a row of its own; padding is zero, as before a sequence's start."""
-        x = x if self.valid is None else x * self.valid[..., None]
+        x = self.unpadded(x)
         if pad := -self.T % self.block:
             x = F.pad(x, (0, 0, 0, pad))
         return x.unflatten(1, (-1, self.block)).flatten(0, 1).flip(1)
@@ -519,7 +527,7 @@ class Shared:
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None)
+        out = model(x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
@@ -531,6 +539,7 @@ class Denoiser(nn.Module):
     every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows: given to a pass over
     the same text as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text before it. All at once, this
     is what going on block by block from a carried state gives.
+    before: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
     """
 
     def __init__(self, cfg):
@@ -540,16 +549,26 @@ class Denoiser(nn.Module):
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
         wants_time = cfg.time_cond != "none" or any(hasattr(TIME_MIXERS[m], "wants_time") for m in pattern(cfg))
         self.time = TimeEmbedding(cfg) if wants_time else None
+        if cfg.gaussian:
+            self.enter = nn.Linear((1 + cfg.self_cond) * cfg.n_embd, cfg.n_embd, bias=False)
+            self.vector = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.ln_out = NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         init_weights(self)
 
-    def forward(self, x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None):
+    def table(self):
+        """The embeddings of the V tokens, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
+        return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
+
+    def forward(self, x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None):
         way = direction(self.cfg)
         time = None if self.time is None else self.embed_time(x, t, latent_t, way, lengths)
-        x = self.emb(x) if not x.is_floating_point() else x
+        if not x.is_floating_point():
+            x = self.emb(x)
+        elif self.cfg.gaussian:
+            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if self.cfg.self_cond else x)
         x = self.blocks[0].ln0(x)
         shared, states = Shared(x, self.cfg, way, lengths, time, clean or every is not None, every), []
         for i, block in enumerate(self.blocks):
@@ -559,7 +578,7 @@ class Denoiser(nn.Module):
         logits = F.linear(hidden, self.emb.weight[:-1] if self.cfg.tie_embeddings else self.head.weight).float()
         if self.cfg.logit_cap:
             logits = self.cfg.logit_cap * torch.tanh(logits / self.cfg.logit_cap)
-        return Output(logits, hidden, None, states)
+        return Output(logits, hidden, None, self.vector(hidden) if self.cfg.gaussian else None, states)
 
     def embed_time(self, x, t, latent_t, way, lengths):
         if t is None:
@@ -598,6 +617,9 @@ def check_config(cfg):
     if cfg.n_embd < 1 or cfg.n_embd % cfg.head_size:
         raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={cfg.head_size}: "
                          f"choose {max(1, round(cfg.n_embd / cfg.head_size)) * cfg.head_size}")
+    for key, rows in CHOICES.items():
+        if (value := getattr(cfg, key)) not in rows and (key, value) != ("direction", ""):
+            raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(rows)}")
     for key in ("n_layer", "block_size"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
@@ -608,6 +630,10 @@ def check_config(cfg):
             raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
         if direction(cfg) not in (can := TIME_MIXERS[name].directions):
             raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
+    if cfg.gaussian and cfg.time_cond == "none" and not all(hasattr(TIME_MIXERS[name], "wants_time") for name in pattern(cfg)):
+        raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
+    if cfg.ffn_shift == "both" and direction(cfg) != "bidirectional":
+        raise ValueError("ffn_shift=both looks at the token after: choose direction=bidirectional, or ffn_shift=before")
     if direction(cfg) == "block" and cfg.dw_jrt and not DW_JRT_INJECT[cfg.dw_jrt_inject].keeps_context:
         raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: choose dw_jrt_inject=gate for direction=block")
 
@@ -741,6 +767,8 @@ def from_pretrained(path, content=None, /, **overrides):
     content = load_checkpoint(path) if content is None else content
     if "model" in content:
         cfg, weights = ModelConfig(**content["model_config"]), content["model"]
+        if "averaged" in content:              # what was evaluated while training
+            weights = {k.removeprefix("module."): v for k, v in content["averaged"].items() if k != "n_averaged"}
         if clash := [f"{k}={v} (the checkpoint has {getattr(cfg, k)})" for k, v in overrides.items()
                      if k in SHAPES and v not in (getattr(cfg, k), 0)]:
             raise ValueError(f"checkpoint {path} has another shape than asked for: {', '.join(clash)}; leave these settings out")
@@ -761,7 +789,7 @@ SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "rank_w", "
 
 
 # What pretrained weights may lack: DW-JRT, the backward scan, the noise level. All start without effect on the logits, but for DW-JRT.
-ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.")
+ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.")
 
 
 def load_weights(model, weights, path):
@@ -776,6 +804,8 @@ def load_weights(model, weights, path):
     strange = [k for k in weights if k not in own and ".jrt." not in k]
     wrong = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
              if k in weights and weights[k].numel() != v.numel()]
+    if broken := [k for k, v in weights.items() if k in own and not torch.isfinite(v).all()]:
+        raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: the run that wrote it diverged; use an earlier checkpoint")
     for what, keys in (("lacks", missing), ("has unknown", strange), ("has another shape in", wrong)):
         if keys:
             raise ValueError(f"{path} {what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: "

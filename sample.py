@@ -6,6 +6,7 @@
     python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token
     ... --watch=1 shows the denoising step by step
 """
+import dataclasses
 import os
 import sys
 import time
@@ -28,12 +29,14 @@ text = ""                   # text with a _ for each token to fill in
 length = 0                  # tokens to generate after a prompt; 0 = what fits the length trained on
 num_samples = 3             # samples of each prompt, all in one batch
 sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others
-steps = 0                   # denoiser calls (sampler=block: of each block); 0 = as many as the sampler asks for, at most one a token
+steps = 0                   # denoiser calls (block: of each block); 0 = as many as the sampler asks for, at most one a token; ddpm, ddim: 50
 threshold = 0.9             # confidence: a draw at least this probable is kept
 temperature = 1.0           # 0 = always the likeliest token
 top_k = 0                   # draw from the k likeliest tokens; 0 = from all
 top_p = 1.0                 # draw from the likeliest tokens that hold this much probability
 guidance = 1.0              # uncond + guidance (cond - uncond), uncond not seeing the given text; 1 = none
+eta = 0.0                   # ddim: 0 = deterministic, 1 = as random as ddpm
+clamp = False               # ddpm, ddim: every estimate goes to its nearest embeddings
 block_size = 0              # sampler=block: tokens of a block; 0 = as trained
 seed = 1337                 # of the draws, and of a task's rows
 watch = False               # show each step in the terminal
@@ -56,6 +59,13 @@ class Counted:
             lengths = self.lengths.repeat(len(x) // len(self.lengths))       # guidance doubles the rows
         return self.model(x, lengths=lengths, **options)
 
+    @property
+    def cfg(self):
+        return self.model.cfg
+
+    def table(self):
+        return self.model.table()
+
 
 def watcher(tokenizer, mask_id):
     """Prints the first row after every step: masks dim, what the step decided green."""
@@ -70,20 +80,25 @@ def paint(c, colour):
     return colour + c + OFF if colour and sys.stdout.isatty() else c
 
 
-def fill(model, tokenizer, x, known, name, layout, lengths=None):
-    """Fill x (B,T) where not known with the sampler `name`, and report what it took."""
-    denoise, begun = Counted(model, lengths), time.perf_counter()
+def fill(model, tokenizer, x, known, name, layout, lengths=None, diff=None):
+    """Fill x (B,T) where not known with the sampler `name`, and report what it took. diff: what a Gaussian network was trained with."""
+    counted, begun = Counted(model, lengths), time.perf_counter()
+    denoise = counted
     options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
                    watch=watcher(tokenizer, model.mask_id) if watch else None)
     if name in ("block", "ar"):
         options["eot"] = tokenizer.eot_id
     if name == "block":
         options |= dict(block_size=block_size or model.cfg.block_size, layout=layout)
-    y = diffusion.SAMPLERS[name](diffusion.guided(denoise, known, model.mask_id, guidance), x, known, model.mask_id,
+    if diff:
+        options |= dict(cfg=diff, eta=eta, clamp=clamp, guidance=guidance, lengths=lengths, steps=steps or min(50, diff.diffusion_steps or 50))
+    else:
+        denoise = diffusion.guided(counted, known, model.mask_id, guidance)
+    y = diffusion.SAMPLERS[name](denoise, x, known, model.mask_id,
                                  data.generator(seed, 0, 3), **options)
     assert (y[known] == x[known]).all() and (y != model.mask_id).all()
     taken, n = time.perf_counter() - begun, int((~known).sum())
-    print(f"{n} tokens in {denoise.calls} denoiser calls, {n / max(1, denoise.calls):.1f} a call, {n / taken:.0f} tokens/s ({name})")
+    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} a call, {n / taken:.0f} tokens/s ({name})")
     return y
 
 
@@ -127,12 +142,14 @@ def main(cfg):
     task, trained = tasks.chosen(train_keys), train_keys.get("objective") or "masked_mean"
     fits = diffusion.OBJECTIVES[trained].sampler
     name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
-    if (name == "ar") != (fits == "ar"):
+    gaussian = lambda sampler: sampler in diffusion.GAUSSIAN_STEPS
+    diff = diffusion.DiffusionConfig(**{f.name: train_keys[f.name] for f in dataclasses.fields(diffusion.DiffusionConfig)}) if gaussian(fits) else None
+    if (name == "ar") != (fits == "ar") or gaussian(name) != gaussian(fits):
         raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
     if task and not (prompt or suffix or prompt_file or text):
         source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
         x, masked, lengths = source.eval_rows(num_samples, seed)
-        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
+        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), name, layout, lengths if lengths is None else lengths.to(dev), diff).cpu()
         for row in zip(x, masked, y):
             print(data.side_by_side(tokenizer, *row) + "\n")
         score = tasks.score(task, source.params, x.numpy(), y.numpy(), masked.numpy())
@@ -142,7 +159,7 @@ def main(cfg):
     if x.shape[1] > train_keys["seq_len"] and name not in ("block", "ar"):
         raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={train_keys['seq_len']} this network was "
                          "trained on, and it sees a row whole: give less, or train with --objective=block or ar, which go on without end")
-    y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev)).cpu()
+    y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev), diff).cpu()
     for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
         ids, eot = row[:n].tolist(), tokenizer.eot_id
         ids = ids[:ids.index(eot) + 1] if eot in ids else ids                  # the text ends where it says so

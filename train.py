@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -39,11 +41,6 @@ data_bin = ""               # token files to learn instead, a name or a pattern:
 data_val_bin = ""           # ... held-out ones; empty = the last 10 %
 tokenizer = "byte"          # byte | char | gpt2 | rwkv | rwkv:FILE | bpe:FILE; prepared folders know theirs, data_bin has gpt2
 random_seed = 1337          # initialisation, batches and noise
-# the objective
-objective = ""              # what is masked and how it is weighted; empty = task for a task, masked_mean for text
-schedule = "linear"         # masking rate m(t)
-mask_policy = "independent"  # which tokens are masked together in training; the bound is always that of independent ones
-mask_span = 8               # mask_policy=spans: mean length of a masked run, tokens
 # sizes
 seq_len = 128               # T, tokens in a row
 trim_rows = True            # tasks: cut off columns that are padding in every row of the batch
@@ -64,6 +61,10 @@ weight_decay = 0.001        # adamw: the big matrices
 warmup_iters = 0            # steps of linear warm-up
 warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # largest gradient norm; 0 = no clipping
+ema = 0.0                   # decay of an average of the weights, which is what is evaluated and sampled from; 0 = none
+freeze = ""                 # parameters that do not learn: regular expressions, as emb,blocks.0
+unfreeze_after_steps = 0    # from this step on ...
+unfreeze_patterns = ""      # ... these learn after all (freeze=. and unfreeze_patterns=. is all of them)
 dtype = "auto"              # matrix products: fp32 | bf16 (parameters and recurrence stay fp32) | auto = bf16 where it is fast
 # evaluation and logging
 eval_interval = 200         # steps between evaluations and checkpoints
@@ -117,6 +118,9 @@ def defaults_for(cfg):
         for key in trained.keys() & cfg.sources.keys() - set(_KEEP):
             cfg.default(key, trained[key], why=path)
         return
+    if diffusion.OBJECTIVES[cfg.objective or "task"].gaussian:
+        for key, value in dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True).items():
+            cfg.default(key, value, why=f"objective={cfg.objective}")
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
     for key, value in (("direction", cfg.direction), ("objective", cfg.objective)):
         if value == "block":               # the form of DW-JRT that keeps the state which crosses blocks
@@ -137,6 +141,17 @@ def start_path(cfg):
     if not cfg.train:
         return cfg.weights_path or {"scratch": own, "resume": own}.get(cfg.init_from, cfg.init_from)
     return {"scratch": "", "resume": own}.get(cfg.init_from, cfg.init_from)
+
+
+def noise_tops(levels):
+    """noise_levels -> the largest t of each part of the training. ValueError for anything but numbers in (0, 1]."""
+    try:
+        tops = [float(z) for z in levels.split(",")]
+    except ValueError:
+        tops = [0.0]
+    if not all(0 < z <= 1 for z in tops):
+        raise ValueError(f"noise_levels={levels!r} is not allowed: give largest noise levels in (0, 1], as 0.4,0.7,1")
+    return tops
 
 
 def lr_factor(step):
@@ -169,6 +184,8 @@ def build_model(cfg, source, path, saved):
         torch.manual_seed(random_seed)
         return nets.Denoiser(asked)
     given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if cfg.given(k)}
+    if init_from == "resume" and train:        # what learns, not its average
+        saved = {key: value for key, value in saved.items() if key != "averaged"}
     model = nets.from_pretrained(path, saved, **given)
     if model.cfg.vocab_size < V:
         raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer it was trained with")
@@ -202,11 +219,36 @@ def evaluate(denoise, source, bound, mask_id, device, step):
     return metrics, (x[0], masked, pred)
 
 
+@torch.no_grad()
+def evaluate_gaussian(net, source, diff, device, step):
+    """The same for Gaussian diffusion -> (diffusion.gaussian_report's numbers; for a task acc and exact of its answers by DDIM, too; for a text
+    the infilling of one row only), sample to print, and the alarm."""
+    g, task = data.generator(struct_eval_seed, 0, 2), isinstance(source, data.TaskSource)
+    if task:
+        x, masked, lengths = source.eval_rows(struct_eval_n, struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}")
+        shown = masked
+    else:
+        x, masked, lengths = source.eval_rows(min(eval_iters * batch_size, 256))
+        shown = torch.rand(x.shape, generator=g) < 0.3
+    send = lambda z: z if z is None else z.to(device)
+    with autocast(device):
+        metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff)
+        rows = slice(None) if task else slice(1)
+        pred = torch.cat([diffusion.SAMPLERS["ddim"](net, send(a), ~send(m), net.mask_id, g, cfg=diff, steps=min(20, diff.diffusion_steps or 20),
+                                                     lengths=send(n)).cpu()
+                          for a, m, n in data.split(batch_size, x[rows], shown[rows], lengths if lengths is None else lengths[rows])])
+    if task:
+        score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
+        metrics |= {f"{source.name}_{k}": v for k, v in score.items()}
+    return metrics, (x[0], shown[0], pred[0]), alarm
+
+
 def log_header(cfg, model, device):
     """The first line of log.jsonl: all that is needed to repeat the run."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=os.path.dirname(os.path.abspath(__file__)))
-    return {"event": "start", "parameters": sum(p.numel() for p in model.parameters()), "git": git.stdout.strip() or "none",
+    count = lambda ps: sum(p.numel() for p in ps)
+    return {"event": "start", "parameters": count(model.parameters()), "active": count(p for p in model.parameters() if p.requires_grad), "git": git.stdout.strip() or "none",
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
             "dtype": "bf16" if in_bf16(device) else "fp32",
             "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
@@ -227,16 +269,44 @@ class Learner(torch.nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, x, masked, weight, lengths):
-        return self.loss(self.model, x, masked, weight, lengths=lengths)
+    def forward(self, x, masked, weight, lengths, eps):
+        return self.loss(self.model, x, masked, weight, lengths=lengths, **({} if eps is None else dict(eps=eps)))
 
 
-def check_objective(name, source, cfg):
+def thaw(model, step):
+    """Which parameters learn at this step: all but those that `freeze` names, and from unfreeze_after_steps on unfreeze_patterns, too
+    -> their number. ValueError for a pattern that matches nothing."""
+    names = [name for name, _ in model.named_parameters()]
+    named = lambda key, patterns: {name for q in filter(None, patterns.split(",")) for name in matching(key, q, names)}
+    still = named("freeze", freeze) - (named("unfreeze_patterns", unfreeze_patterns) if step >= unfreeze_after_steps else set())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in still)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def matching(key, pattern, names):
+    try:
+        found = [name for name in names if re.search(pattern, name)]
+    except re.error as e:
+        raise ValueError(f"{key}={pattern!r} is no regular expression: {e}") from None
+    if not found:
+        raise ValueError(f"{key}={pattern!r} matches no parameter: the names are those of the model, such as {names[0]} or {names[-1]}")
+    return found
+
+
+def check_objective(diff, source, cfg):
     """-> the row of OBJECTIVES. ValueError where it would measure nothing meaningful on this network or these data."""
+    name = diff.objective
     chosen = diffusion.OBJECTIVES[name]
+    if chosen.gaussian != cfg.gaussian:
+        raise ValueError(f"objective={name} needs a network with gaussian={int(chosen.gaussian)}: leave gaussian out, or start with --init_from=scratch")
+    if chosen.gaussian and (mem_check or log_output):
+        raise ValueError(f"mem_check and log_output are for masks, not for objective={name}: use sample.py")
+    if chosen.gaussian and nets.direction(cfg) == "block":
+        raise ValueError(f"objective={name} denoises whole rows: choose --direction=bidirectional or causal")
     if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
         raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
-    if mask_policy == "suffix" and chosen.noise is diffusion.blockwise:
+    if diff.mask_policy == "suffix" and chosen.noise is diffusion.blockwise:
         raise ValueError(f"mask_policy=suffix masks the end of a whole row, objective={name} masks in each block: choose spans or independent")
     if chosen.text and isinstance(source, data.TaskSource):
         raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
@@ -296,20 +366,31 @@ def main(cfg):
 
     if world > 1:
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema={ema} is not allowed: give a decay in [0, 1)")
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+    final = averaged.module if averaged else model     # what is evaluated
     def denoise(*args, **options):
         with autocast(dev):
-            return model(*args, **options)
-    chosen = check_objective(objective or source.objective, source, model.cfg)
-    bound = functools.partial(chosen.bound, n=model.cfg.block_size)
-    learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
-    learner = DistributedDataParallel(learner) if world > 1 else learner
+            return final(*args, **options)
+    diff = cfg.pick(diffusion.DiffusionConfig, objective=cfg.objective or source.objective)
+    chosen = check_objective(diff, source, model.cfg)
+    if chosen.gaussian:
+        learner = Learner(model, functools.partial(diffusion.gaussian_loss, cfg=diff))
+    else:
+        bound = functools.partial(chosen.bound, n=model.cfg.block_size)
+        learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
+    start = saved["step"] if train and init_from == "resume" else 0
+    active = thaw(model, start)
+    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian) if world > 1 else learner
+    trained = parallel()
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
-    start = 0
     if train and init_from == "resume":
-        start = saved["step"]
         for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
+        if averaged and "averaged" in saved:
+            averaged.load_state_dict(saved["averaged"])
     groups = [g for o in optimizers for g in o.param_groups]
     covered = sorted(id(p) for g in groups for p in g["params"])
     assert covered == sorted(map(id, model.parameters())), "the optimizers must cover each parameter once"
@@ -325,11 +406,17 @@ def main(cfg):
 
     def report(step):
         """Evaluate, print, log -> the metrics."""
-        metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
+        if chosen.gaussian:
+            metrics, sample, alarm = evaluate_gaussian(final, source, diff, dev, step)
+            if alarm:
+                tell(alarm)
+                metrics["alarm"] = alarm
+        else:
+            metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
         record(event="eval", step=step, **metrics)
         line = []
-        for k, v in metrics.items():
-            if not k.endswith("_se"):
+        for k, v in metrics.items():       # of what is known for ten noise levels the screen shows three
+            if not k.endswith("_se") and (k[-4:-1] != "_0." or k[-3:] in ("0.2", "0.5", "0.8")):
                 se = f" ± {metrics[k + '_se']:.4f}" if k + "_se" in metrics else ""
                 line.append(f"{k.replace('_', ' ')} {v:.4f}{se}" if isinstance(v, float) else f"{k} {v}")
         tell(f"step {step}: " + ", ".join(line))
@@ -339,7 +426,7 @@ def main(cfg):
 
     def checkpoint(step):
         if lead:
-            nets.save_checkpoint(own, dict(model=model.state_dict(), model_config=dataclasses.asdict(model.cfg), step=step,
+            nets.save_checkpoint(own, dict(model=model.state_dict(), **({"averaged": averaged.state_dict()} if averaged else {}), model_config=dataclasses.asdict(model.cfg), step=step,
                                            optimizers=[o.state_dict() for o in optimizers], config=cfg.as_dict(),
                                            tokenizer=source.tokenizer.state()))
 
@@ -347,9 +434,10 @@ def main(cfg):
         report(saved.get("step", 0))
         return finish(source, model, denoise, dev, tell)
 
-    policy = diffusion.MASK_POLICIES[mask_policy]
-    noise = lambda maskable, t, u: chosen.noise(maskable, t, policy(u, maskable, mask_span), schedule, model.cfg.block_size)
-    batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world)
+    tops = noise_tops(diff.noise_levels)
+    noise = lambda step, maskable, t, u: chosen.noise(maskable, t * tops[min(len(tops) - 1, step * len(tops) // max_iters)], u, diff, model.cfg.block_size)
+    batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,
+                                model.cfg.n_embd if chosen.gaussian else 0)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
     saved_at, clock, since = start if start else None, time.perf_counter(), start
     for step in bar:
@@ -364,6 +452,9 @@ def main(cfg):
             report(step)
             checkpoint(step)
             saved_at, clock = step, clock + time.perf_counter() - paused
+        if step == unfreeze_after_steps > 0:
+            tell(f"step {step}: {active:,} parameters learned so far, {thaw(model, step):,} from here on")
+            trained = parallel()
         # 3. gradients: micro-batches add up to the mean over the global batch
         parts, total = next(batches)
         total = total.to(dev)
@@ -371,11 +462,11 @@ def main(cfg):
             dist.all_reduce(total)
         loss = torch.zeros((), device=dev)
         for i, part in enumerate(parts):
-            x, masked, weight, lengths = (z if z is None else z.to(dev, non_blocking=True) for z in part)
+            x, masked, weight, lengths, eps = (z if z is None else z.to(dev, non_blocking=True) for z in part)
             last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else learner.no_sync():
+            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
                 with autocast(dev):
-                    term = learner(x, masked, weight, lengths) / total
+                    term = trained(x, masked, weight, lengths, eps) / total
                 (term * world).backward()      # times world, because DDP takes the mean over processes
             loss += term.detach()
         if world > 1:
@@ -391,6 +482,8 @@ def main(cfg):
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
+        if averaged:
+            averaged.update_parameters(model)
         # 6. log
         if logged:
             ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
@@ -413,6 +506,5 @@ def main(cfg):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(configure(globals(), nets.ModelConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
-                       choices=dict(nets.CHOICES, objective=["", *diffusion.OBJECTIVES], schedule=diffusion.SCHEDULES, mask_policy=diffusion.MASK_POLICIES,
-                                    optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))
+        main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
+                       choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))

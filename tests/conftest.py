@@ -17,6 +17,22 @@ def fresh_environment(monkeypatch):
     torch.manual_seed(0)
 
 
+def ok(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def kill_after(step, out_dir, settings, cwd):
+    """Run train.py and kill it as soon as the checkpoint of `step` is written: os._exit leaves no time to tidy up."""
+    script = os.path.join(ROOT, "train.py")
+    code = (f"import os, sys, model; sys.argv = ['train.py', '--out_dir={out_dir}']\n"
+            "save = model.save_checkpoint\n"
+            f"def killer(path, content):\n    save(path, content)\n    content['step'] == {step} and os._exit(9)\n"
+            f"model.save_checkpoint = killer\nexec(compile(open({script!r}).read(), {script!r}, 'exec'), {{'__name__': '__main__', '__file__': {script!r}}})")
+    env = os.environ | {k: str(v) for k, v in settings.items()} | {"PYTHONPATH": ROOT}
+    assert subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True).returncode == 9
+
+
 # A process that has imported torch and does nothing but fork: a script then starts in a tenth of a second instead of two.
 ZYGOTE = """
 import json, os, runpy, signal, sys, traceback

@@ -18,7 +18,7 @@ import torch
 import data
 import diffusion
 import tasks
-from conftest import ROOT
+from conftest import ROOT, ok
 
 TEXT = "".join(f"line {i}: grün, naïve — and so on\n" for i in range(200))
 
@@ -74,17 +74,18 @@ def sources(text_file):
 def flatten(steps, T, padding):
     """Micro-batches of several processes -> the rows of each step's global batch, padded to T, and the denominators' sum."""
     pad = lambda z, value=0: torch.nn.functional.pad(z, (0, T - z.shape[1]), value=value)
-    row = lambda x, masked, weight, lengths: (pad(x, padding), pad(masked), pad(weight * masked))
+    row = lambda x, masked, weight, lengths, eps: (pad(x, padding), pad(masked), pad(weight * masked), pad((eps * masked[..., None]).sum(-1)))
     rows = [[torch.cat(z) for z in zip(*(row(*part) for rank in step for part in rank[0]))] for step in zip(*steps)]
     return rows, [sum(rank[1] for rank in step) for step in zip(*steps)]
 
 
 @pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
 def test_the_global_batch_is_the_same_however_it_is_cut(text_file, objective):
+    noise = lambda step, maskable, t, u: diffusion.OBJECTIVES[objective].noise(maskable, t, u, diffusion.DiffusionConfig(mask_policy="spans"), 4)
     for source in sources(text_file):
         def batches(world, micro, start=0):
             return flatten([[next(b) for _ in range(3)] for b in (
-                data.make_batches(source, functools.partial(diffusion.OBJECTIVES[objective].noise, schedule="linear", n=4), diffusion.stratified, 8, micro, 5, start, r, world)
+                data.make_batches(source, noise, diffusion.stratified, 8, micro, 5, start, r, world, 3)
                 for r in range(world))], source.T, source.tokenizer.ids.get("#", 0))
         whole, total = batches(1, 8)
         for world, micro in ((1, 2), (2, 4), (4, 1)):
@@ -457,9 +458,6 @@ def test_nanogpt_files(tmp_path, text_file):
 # ---- commands and training -----------------------------------------------------------------------------------------------
 
 def test_train_bpe_then_train_then_sample(run, tmp_path, text_file):
-    def ok(done):
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
     data.train_bpe(text_file, 300, str(tmp_path / "b.json"))
     data.prepare(text_file, f"bpe:{tmp_path}/b.json", str(tmp_path / "folder"), val_share=0.2)
     small = dict(N_LAYER=1, N_EMBD=32, BATCH_SIZE=4, SEQ_LEN=16, MAX_ITERS=2, EVAL_ITERS=1, WKV_IMPL="torch", THREADS=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, Logits, draw, extend, guided, mask_tokens, stratified
+from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, DiffusionConfig, Logits, draw, extend, guided, mask_tokens, stratified
 from model import Denoiser, ModelConfig
 
 SEED = lambda n=0: torch.Generator().manual_seed(n)
@@ -32,11 +32,11 @@ def test_objectives_by_hand():
     maskable = torch.tensor([[True, True, False, True], [True, True, True, True]])
     t, noise = torch.tensor([0.5, 0.25]), torch.tensor([[0.4, 0.6, 0.1, 0.2], [0.2, 0.3, 0.26, 0.9]])
     hidden = torch.tensor([[True, False, False, True], [True, False, False, False]])
-    masked, weight, total = OBJECTIVES["masked_mean"].noise(maskable, t, noise, "linear", 4)
+    masked, weight, total = OBJECTIVES["masked_mean"].noise(maskable, t, noise, DiffusionConfig(), 4)
     assert torch.equal(masked, hidden) and weight == 1 and total == 3
-    masked, weight, total = OBJECTIVES["elbo"].noise(maskable, t, noise, "linear", 4)
+    masked, weight, total = OBJECTIVES["elbo"].noise(maskable, t, noise, DiffusionConfig(), 4)
     assert torch.equal(masked, hidden) and weight.flatten().tolist() == [2, 4] and total == 7
-    masked, _, total = OBJECTIVES["task"].noise(maskable, t, noise, "linear", 4)
+    masked, _, total = OBJECTIVES["task"].noise(maskable, t, noise, DiffusionConfig(), 4)
     assert torch.equal(masked, maskable) and total == 7
 
 
@@ -117,7 +117,7 @@ def test_the_bound_is_unbiased_and_above_the_entropy():
 def test_the_elbo_objective_agrees_with_the_exact_count_bound(schedule):
     x = STRINGS[torch.multinomial(PROBABILITY, 20000, replacement=True, generator=SEED(3))]
     t = stratified(len(x), SEED(4)).clamp_min(1e-3)
-    masked, weight, total = OBJECTIVES["elbo"].noise(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), schedule, 4)
+    masked, weight, total = OBJECTIVES["elbo"].noise(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), DiffusionConfig(schedule=schedule), 4)
     value = diffusion.loss(diffusion.whole_logits, perfect, x, masked, weight, 3) / total
     assert value.item() == pytest.approx(exhaustive_bound(x).mean().item(), rel=0.03)
 
@@ -135,7 +135,7 @@ def test_draw_frequencies_temperature_and_top_k():
     assert (token == 0).all() and torch.allclose(sure, torch.tensor(0.6, dtype=torch.float64))
 
 
-WHOLE = [name for name in SAMPLERS if name not in ("block", "ar")]
+WHOLE = [name for name in SAMPLERS if name not in ("block", "ar", *diffusion.GAUSSIAN_STEPS)]
 
 
 def noise_net(V):
@@ -212,7 +212,7 @@ SMALL = ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=3, block_size
 BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "two-way": dict(direction="block"),
              "two-way, dw_jrt": dict(direction="block", dw_jrt=True, dw_jrt_inject="gate", fusion="concat"),
              "time": dict(direction="bidirectional", time_cond="film"), "attention": dict(mixer="attention", direction="block"),
-             "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift=False),
+             "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift="none"),
              "hybrid": dict(mixer="attention,rwkv7", direction="block")}
 
 

@@ -10,6 +10,7 @@ import torch
 import model as nets
 from conftest import ROOT
 from model import Denoiser, ModelConfig, from_pretrained, save_checkpoint
+from wkv_cuda import shift_mix
 
 SMALL = ModelConfig(n_layer=3, n_embd=32, head_size=16, vocab_size=11, block_size=5)
 BLOCK = replace(SMALL, direction="block", dw_jrt_inject="gate", dw_jrt_scale=1.5)
@@ -125,7 +126,7 @@ def test_a_cache_with_padding_goes_on_like_rows_alone():
 
 @torch.no_grad()
 def test_the_backward_scan_is_the_forward_scan_of_the_reversed_text():
-    causal = randomised(replace(SMALL, ffn_shift=False))
+    causal = randomised(replace(SMALL, ffn_shift="none"))
     both = Denoiser(replace(causal.cfg, direction="bidirectional"))
     weights, x = causal.state_dict(), ids(2, 9)
     for key in both.state_dict():
@@ -203,8 +204,28 @@ def test_biwkv_sees_both_sides_and_decay_follows_the_noise_level():
         y[0, at] = (y[0, at] + 1) % 12
         assert (net(y, torch.ones(1)).logits != net(x, torch.ones(1)).logits).any(-1).all()
     assert not torch.allclose(net(x, torch.full((1,), 0.1)).logits, net(x, torch.ones(1)).logits, atol=1e-4)
-    shifted = nets.bi_shift(torch.arange(12.0).view(1, 3, 4))
+    shifted, = shift_mix(torch.arange(12.0).view(1, 3, 4), None, torch.ones(4), both=True)
     assert shifted.tolist() == [[[0, 0, 6, 7], [0, 1, 10, 11], [4, 5, 0, 0]]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(tie_directions=True), dict(mixer="attention"), dict(mixer="biwkv"), dict(mixer="rwkv7,attention")])
+def test_a_shift_from_both_sides(changes):
+    """ffn_shift=both: another network, each token sees all others, padding changes nothing; nowhere but where all is seen at once."""
+    cfg = replace(SMALL, n_embd=32, head_size=16, direction="bidirectional", ffn_shift="both", **changes)
+    net, x = randomised(cfg), ids(2, 9)
+    plain = Denoiser(replace(cfg, ffn_shift="before")).eval()
+    plain.load_state_dict(net.state_dict())
+    assert not torch.allclose(plain(x).logits, net(x).logits, atol=1e-3)
+    ragged = net(x, lengths=torch.tensor([9, 6])).logits
+    assert torch.allclose(ragged[1, :6], net(x[1:, :6]).logits[0], atol=1e-5) and torch.allclose(ragged[0], net(x[:1]).logits[0], atol=1e-5)
+    for at in (0, 4, 8):
+        y = x.clone()
+        y[:, at] = (y[:, at] + 1) % 12
+        assert (net(y).logits != net(x).logits).any(-1).all()
+    for other in ("causal", "block"):
+        with pytest.raises(ValueError, match="ffn_shift=both looks at the token after"):
+            Denoiser(replace(cfg, mixer="rwkv7", direction=other))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, kill_after, ok
 
 TINY = dict(STRUCT_TASK=1, STRUCT_LEN=2, DW_JRT=1, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=6, EVAL_INTERVAL=3, STRUCT_EVAL_N=10,
             LOG_INTERVAL=1, WKV_IMPL="torch", THREADS=1)
@@ -19,11 +19,6 @@ def log_of(folder):
 
 def losses(folder):
     return {row["step"]: row["loss"] for row in log_of(folder) if row["event"] == "train"}
-
-
-def ok(done):
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_a_run_writes_what_it_promises(run, tmp_path):
@@ -49,14 +44,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path):
 def test_resume_is_bit_exact(run, tmp_path, optimizer):
     settings = TINY | dict(OPTIMIZER=optimizer, STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6)
     ok(run("train.py", "--out_dir=whole", **settings))
-    # Killed in step 4, after the checkpoint of step 3: os._exit leaves no time to tidy up.
-    code = ("import os, sys, model; sys.argv = ['train.py', '--out_dir=cut']\n"
-            "save = model.save_checkpoint\n"
-            "def killer(path, content):\n    save(path, content)\n    content['step'] == 3 and os._exit(9)\n"
-            f"model.save_checkpoint = killer\nexec(compile(open({os.path.join(ROOT, 'train.py')!r}).read(), {os.path.join(ROOT, 'train.py')!r}, 'exec'),"
-            f" {{'__name__': '__main__', '__file__': {os.path.join(ROOT, 'train.py')!r}}})")
-    env = os.environ | {k: str(v) for k, v in settings.items()} | {"PYTHONPATH": ROOT}
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True).returncode == 9
+    kill_after(3, "cut", settings, tmp_path)
     ok(run("train.py", "--out_dir=cut", "--init_from=resume"))       # no other setting: they come from the checkpoint
     whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
     assert len(whole) == 6 and cut == whole

@@ -7,12 +7,12 @@ namespace {
 
 // A row is a token: C contiguous floats, C a multiple of W; d... is read and written by backward only.
 struct ShiftMix {
-  int64_t B, T, C, n, back;
+  int64_t B, T, C, n, both, back;                        // both: the upper half of the channels comes from the token after
   const float *x, *last, *mix;                           // last may be null; mix (n,C)
   float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
 
   static ShiftMix of(const Call& call) {
-    auto p = call.as<ShiftMix>(5);
+    auto p = call.as<ShiftMix>(6);
     p.outs = call.buffers.data() + 6;
     return p;
   }
@@ -55,7 +55,7 @@ struct Rows {
   const Call& call;
   int64_t rows, C;
   size_t written;
-  int64_t beyond = 0;                                    // rows that are read after the last one of a range
+  int64_t beyond = 0;                                    // rows that are read before the first and after the last one of a range
 };
 
 void widen(const uint16_t* from, int64_t n, float* to) {
@@ -80,17 +80,17 @@ void in_float32(const Rows& r, int64_t lo, int64_t hi, const std::function<void(
   const std::vector<bool>& half = r.call.half;
   const int64_t halves = std::count(half.begin(), half.end(), true);
   const int64_t few = halves ? std::max<int64_t>(1, 512 / r.C) : hi - lo;
-  const int64_t size = ((few + r.beyond) * r.C + W - 1) / W + 3;                 // 3: so that copies share no sets of the cache
+  const int64_t size = ((few + 2 * r.beyond) * r.C + W - 1) / W + 3;                 // 3: so that copies share no sets of the cache
   std::vector<V> space(halves * size);                   // of vectors, for their alignment
   Call call = r.call;
   for (int64_t start = lo; start < hi; start += few) {
-    const int64_t end = std::min(start + few, hi), o = start * r.C;
+    const int64_t end = std::min(start + few, hi), o = start * r.C, first = std::max<int64_t>(0, start - r.beyond) * r.C;
     V* copy = space.data();
     for (size_t i = 0; i < half.size(); ++i) {
       if (!half[i]) continue;
       float* at = reinterpret_cast<float*>(copy);
-      if (i < r.written) widen(reinterpret_cast<const uint16_t*>(r.call.buffers[i]) + o, std::min(end + r.beyond, r.rows) * r.C - o, at);
-      call.buffers[i] = at - o;                          // where row 0 would be
+      if (i < r.written) widen(reinterpret_cast<const uint16_t*>(r.call.buffers[i]) + first, std::min(end + r.beyond, r.rows) * r.C - first, at);
+      call.buffers[i] = at - first;                          // where row 0 would be
       copy += size;
     }
     f(call, start, end);
@@ -143,36 +143,53 @@ inline Sigmoid sigmoid(V x) {
   return {x == x ? s : x, e * r * r};                    // vexp drops NaN: a diverged run must not look healthy
 }
 
-void shift_mix_forward(const ShiftMix& p, int64_t lo, int64_t hi) {
-  for (int64_t row = lo; row < hi; ++row) {
-    const float *x = p.x + row * p.C, *prev = row % p.T ? x - p.C : p.last ? p.last + row / p.T * p.C : nullptr;
-    for (int64_t c = 0; c < p.C; c += W) {
-      V now = load(x + c), change = (prev ? load(prev + c) : V{}) - now;
-      for (int64_t i = 0; i < p.n; ++i) store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
-    }
-  }
+// The token that channel c of a row is mixed with: the one before it, or with p.both and c in the upper half the one after it.
+inline const float* neighbour(const ShiftMix& p, int64_t row, int64_t c) {
+  const float* x = p.x + row * p.C;
+  if (p.both && c >= p.C / 2) return row % p.T + 1 < p.T ? x + p.C + c : nullptr;
+  return row % p.T ? x - p.C + c : p.last ? p.last + row / p.T * p.C + c : nullptr;
 }
 
-// Upwards, as the processor prefetches best: a row adds what it sends back, sum_i mix_i g_i, to the dx of the row before it.
+void shift_mix_forward(const ShiftMix& p, int64_t lo, int64_t hi) {
+  for (int64_t row = lo; row < hi; ++row)
+    for (int64_t c = 0; c < p.C; c += W) {
+      const float* other = neighbour(p, row, c);
+      V now = load(p.x + row * p.C + c), change = (other ? load(other) : V{}) - now;
+      for (int64_t i = 0; i < p.n; ++i) store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
+    }
+}
+
+// Upwards, as the processor prefetches best: a row adds what it sends back, sum_i mix_i g_i, to the dx of the row before it; what the
+// row before sends forward, it fetches.
 void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) {
+  auto sent = [&](int64_t row, int64_t c) {
+    V sum = {};
+    for (int64_t i = 0; i < p.n; ++i) sum += load(p.outs[i] + row * p.C + c) * load(p.mix + i * p.C + c);
+    return sum;
+  };
+  const int64_t middle = p.both ? p.C / 2 : p.C;
   for (int64_t row = lo; row < hi; ++row) {
     const int64_t o = row * p.C, t = row % p.T, b = row / p.T;
-    const float *x = p.x + o, *prev = t ? x - p.C : p.last ? p.last + b * p.C : nullptr;
     for (int64_t c = 0; c < p.C; c += W) {
-      V change = (prev ? load(prev + c) : V{}) - load(x + c), dx = {}, dprev = {};
+      const float* other = neighbour(p, row, c);
+      V change = (other ? load(other) : V{}) - load(p.x + o + c), dx = {}, dother = {};
       for (int64_t i = 0; i < p.n; ++i) {
-        V g = load(p.outs[i] + o + c), to_prev = g * load(p.mix + i * p.C + c);
-        dx += g - to_prev;
-        dprev += to_prev;
+        V g = load(p.outs[i] + o + c), to_other = g * load(p.mix + i * p.C + c);
+        dx += g - to_other;
+        dother += to_other;
         add(dmix + i * p.C + c, g * change);
       }
+      if (c >= middle) {
+        store(p.dx + o + c, t ? dx + sent(row - 1, c) : dx);
+        if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, V{});
+        continue;
+      }
       store(p.dx + o + c, dx);
-      if (t && row > lo) add(p.dx + o - p.C + c, dprev);
-      else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dprev);
+      if (t && row > lo) add(p.dx + o - p.C + c, dother);
+      else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dother);
     }
   }
-  for (int64_t c = 0; hi > lo && hi % p.T && c < p.C; c += W)   // the row after the last one is another range's
-    for (int64_t i = 0; i < p.n; ++i) add(p.dx + (hi - 1) * p.C + c, load(p.outs[i] + hi * p.C + c) * load(p.mix + i * p.C + c));
+  for (int64_t c = 0; hi > lo && hi % p.T && c < middle; c += W) add(p.dx + (hi - 1) * p.C + c, sent(hi, c));   // the row after is another range's
 }
 
 constexpr float STRONGEST = -0.606530660f;               // -exp(-0.5), the log-decay's bound

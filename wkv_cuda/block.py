@@ -16,12 +16,13 @@ from .loader import backend, call, operator, run
 from .wkv7 import HEAD_SIZES, wkv7
 
 
-def shift_mix(x, last, mix):
+def shift_mix(x, last, mix, both=False):
     """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype, or where CPU autocast is on and x
     float32, in the dtype that the linears are going to make it.
 
         out[i] = x + (prev - x) * mix[i]        prev_t = x_{t-1}, prev_0 = last
 
+    both: the upper half of the channels is mixed with the token after it, zeros after the end (BiShift, as in Vision-RWKV).
     x: (B,T,C); last: (B,C), zeros if None; mix: (n,C), or any shape of n*C elements.
     """
     if last is not None and last.shape != (x.shape[0], x.shape[2]):
@@ -32,17 +33,20 @@ def shift_mix(x, last, mix):
     if dtype == torch.float32 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     x, last, mix = _to(kind, x, last, mix)
-    if x.shape[2] % 16 == 0 and _kernel(x.device, kind):             # 16 floats are a vector of the kernel
-        out = list(run(ShiftMix, _shift_mix, x, last, mix, dtype == torch.bfloat16))
+    if x.shape[2] % (32 if both else 16) == 0 and _kernel(x.device, kind):       # 16 floats are a vector of the kernel
+        out = list(run(ShiftMix, _shift_mix, x, last, mix, both, dtype == torch.bfloat16))
     else:
-        out = shift_mix_torch(x, last, mix)
+        out = shift_mix_torch(x, last, mix, both)
     return [z.to(dtype) for z in out]
 
 
-def shift_mix_torch(x, last, mix):
+def shift_mix_torch(x, last, mix, both=False):
     """The definition of shift_mix, in the inputs' dtype."""
     last = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1)
-    change = torch.cat([last, x[:, :-1]], 1) - x
+    other = torch.cat([last, x[:, :-1]], 1)
+    if both:
+        other = torch.cat([other.chunk(2, -1)[0], F.pad(x.chunk(2, -1)[1], (0, 0, 0, 1))[:, 1:]], -1)
+    change = other - x
     return [torch.addcmul(x, change, m) for m in mix.reshape(-1, x.shape[-1])]
 
 
@@ -190,39 +194,40 @@ def _dense(*args):
     return [x if x is None else x.contiguous() for x in args]
 
 
-def _shift_mix_buffers(x, last, mix, half):
+def _shift_mix_buffers(x, last, mix, both, half):
     return [_like(x, torch.bfloat16 if half else None) for _ in range(mix.numel() // x.shape[-1])]
 
 
 @operator(_shift_mix_buffers)
-def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor, half: bool) -> list[Tensor]:
-    out = _shift_mix_buffers(x, last, mix, half)
-    call("shift_mix", (*x.shape, len(out), False), (*_dense(x, last, mix), None, None, None, *out))
+def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor, both: bool, half: bool) -> list[Tensor]:
+    out = _shift_mix_buffers(x, last, mix, both, half)
+    call("shift_mix", (*x.shape, len(out), both, False), (*_dense(x, last, mix), None, None, None, *out))
     return out
 
 
-def _shift_mix_grads(x, last, mix, dout):
+def _shift_mix_grads(x, last, mix, both, dout):
     return [_like(x), _like(mix)] + ([] if last is None else [_like(last)])
 
 
 @operator(_shift_mix_grads)
-def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, dout: list[Tensor]) -> list[Tensor]:
-    dx, dmix, *dlast = grads = _shift_mix_grads(x, last, mix, dout)
-    call("shift_mix", (*x.shape, len(dout), True), (*_dense(x, last, mix), dx, *(dlast or [None]), dmix, *_dense(*dout)))
+def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, both: bool, dout: list[Tensor]) -> list[Tensor]:
+    dx, dmix, *dlast = grads = _shift_mix_grads(x, last, mix, both, dout)
+    call("shift_mix", (*x.shape, len(dout), both, True), (*_dense(x, last, mix), dx, *(dlast or [None]), dmix, *_dense(*dout)))
     return grads
 
 
 class ShiftMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, mix, half):
+    def forward(ctx, x, last, mix, both, half):
         ctx.save_for_backward(x, last, mix)
-        return tuple(_shift_mix(x, last, mix, half))
+        ctx.both = both
+        return tuple(_shift_mix(x, last, mix, both, half))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dout):
-        dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, list(dout))
-        return dx, *(dlast or [None]), dmix, None
+        dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, ctx.both, list(dout))
+        return dx, *(dlast or [None]), dmix, None, None
 
 
 def _wkv7_inputs_buffers(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, N):
