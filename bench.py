@@ -8,6 +8,7 @@
     python bench.py --suite=ablation    fusions and conditionings of the two-way network on a small text run
     python bench.py --suite=text        bits per character of ar, blocks, two-way, seeded and attention networks, three budgets
     python bench.py --suite=generate    what a generated block costs after 512 to 65,536 tokens of context
+    python bench.py --suite=gaussian    Gaussian diffusion, one part of the recipe changed at a time, beside masked diffusion
     python bench.py --suite=direction   milliseconds of one denoising step of the same
 """
 import dataclasses
@@ -22,6 +23,8 @@ import time
 
 import torch
 
+import data
+import diffusion
 import model as nets
 import wkv_cuda
 from configurator import configure, one_line_errors
@@ -139,7 +142,8 @@ def suite_published():
 SEEDED, TWO_WAY = ["--dw_jrt=1"], ["--direction=bidirectional"]
 TASK_ROWS = [("struct", 1000, 3, SEEDED, "0.5919 / 0.0000"), ("struct", 200, 3, SEEDED, "0.7450"), ("rightcopy", 200, 3, SEEDED, "0.7181"),
              ("rightrev", 200, 3, SEEDED, "0.7731"), ("index", 1000, 1, SEEDED, "0.34 (200 steps)"), ("add", 1000, 1, SEEDED, "0.11 (200 steps)"),
-             ("struct", 200, 3, TWO_WAY, ""), ("rightcopy", 200, 3, TWO_WAY, ""), ("rightrev", 200, 3, TWO_WAY, "")]
+             ("struct", 1000, 3, ["--objective=gaussian"], ""), ("struct", 200, 3, TWO_WAY, ""), ("rightcopy", 200, 3, TWO_WAY, ""),
+             ("rightrev", 200, 3, TWO_WAY, "")]
 
 
 def suite_tasks():
@@ -193,8 +197,8 @@ def flops_per_token(cfg, T):
 def counted_flops(cfg, T):
     """The same, counted by torch.utils.flop_counter in a pass that is really run."""
     from torch.utils.flop_counter import FlopCounterMode
-    def kernel(name, numbers, *args, **kwargs):                      # numbers of wkv7: B, T, H, N, ...
-        return 9 * math.prod(numbers[:3]) * numbers[3] ** 2 if name == "wkv7" else 0
+    def kernel(name, numbers, *args, **kwargs):                      # their numbers: B, T, H, N, ...
+        return 9 * math.prod(numbers[:3]) * numbers[3] ** 2 if name in ("wkv7", "wkv7_mix") else 0
     def attention(q, k, v, *args, **kwargs):                         # torch counts attention on GPUs only
         return 4 * math.prod(q) * k[2]
     formulas = {torch.ops.nanodir_kernel.run: kernel, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
@@ -284,38 +288,138 @@ TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
         "attention, ffn_shift=both": ["--mixer=attention", "--dim_ffn=683"]}
 
 
+def kept(suite, key, measure, runs):
+    """runs[key], from measure() unless it is there already; written to the JSON file at once, so that a stopped suite goes on."""
+    if key not in runs:
+        runs[key] = measure()
+        write(suite, {"runs": runs})
+        print(key + ": " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in runs[key].items()), flush=True)
+    return runs[key]
+
+
+def earlier(suite):
+    """The runs of an earlier, perhaps unfinished suite."""
+    path = os.path.join(out, f"{suite}.json")
+    if quick or not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)["runs"]
+
+
+def chosen(names):
+    return [name for name in names if not only or name in only.split(";")]
+
+
 def suite_text():
     """Bits per character on held-out text (data_path), by objective and network: at most 1.05 M parameters, T=128, 64 rows a step,
-    three budgets of steps, three seeds. What is in the JSON file already is not run again."""
-    path, budgets, found = os.path.join(out, "text.json"), ((15, 1),) if quick else ((600, 3), (300, 1), (150, 1)), {}
-    if os.path.exists(path) and not quick:
-        with open(path) as f:
-            found = json.load(f)["runs"]
+    three budgets of steps; three seeds of the longest. What is in the JSON file already is not run again."""
+    budgets, runs = ((15, 1),) if quick else ((600, 3), (300, 1), (150, 1)), earlier("text")
+
+    def measure():
+        with tempfile.TemporaryDirectory() as folder:
+            log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", f"--max_iters={steps}", f"--random_seed={seed}",
+                        "--eval_interval=100000", folder=folder, *(["--batch_size=4", "--eval_iters=2"] * quick))
+        last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
+        return dict(name=name, steps=steps, seed=seed, bits=last["bits_per_char"], se=last["bits_per_char_se"],
+                    parameters=log[0]["parameters"], ms=statistics.median(ms))
     for steps, seeds in budgets:
-        for seed in range(seeds):
-            for name, options in TEXT.items():
-                if only and name not in only.split(";"):
-                    continue
-                key = f"{name}, {steps} steps, seed {1337 + seed}"
-                if key in found:
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    log = train("config/shakespeare.py", *options, f"--data_path={data_path}", f"--max_iters={steps}",
-                                f"--random_seed={1337 + seed}", "--eval_interval=100000", folder=folder, *(["--batch_size=4"] * quick))
-                last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
-                found[key] = dict(name=name, steps=steps, seed=1337 + seed, bits=last["bits_per_char"], se=last["bits_per_char_se"],
-                                  parameters=log[0]["parameters"], ms=statistics.median(ms))
-                print(f"{key}: {last['bits_per_char']:.4f} ± {last['bits_per_char_se']:.4f} bits a character", flush=True)
-                write("text", {"runs": found})
+        for seed in range(1337, 1337 + seeds):
+            for name in chosen(TEXT):
+                kept("text", f"{name}, {steps} steps, seed {seed}", measure, runs)
     rows = []
-    for name in dict.fromkeys(run["name"] for run in found.values()):
-        runs = [run for run in found.values() if run["name"] == name]
-        by = {steps: [run["bits"] for run in runs if run["steps"] == steps] for steps, _ in budgets}
-        rows.append([name, f"{runs[0]['parameters'] / 1e6:.3f} M", *(spread(bits) if bits else "" for bits in by.values()),
-                     f"{statistics.mean(run['se'] for run in runs):.4f}", f"{statistics.median(run['ms'] for run in runs):.0f}"])
+    for name in dict.fromkeys(run["name"] for run in runs.values()):
+        mine = [run for run in runs.values() if run["name"] == name]
+        by = {steps: [run["bits"] for run in mine if run["steps"] == steps] for steps, _ in budgets}
+        rows.append([name, f"{mine[0]['parameters'] / 1e6:.3f} M", *(spread(bits) if bits else "" for bits in by.values()),
+                     f"{statistics.mean(run['se'] for run in mine):.4f}", f"{statistics.median(run['ms'] for run in mine):.0f}"])
     table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
           ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e.", "ms a step"], rows)
-    return {"runs": found}
+    return {"runs": runs}
+
+
+GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "tokens alone": ["config/gaussian_tokens.py"],
+            **{p: [f"--prediction_type={p}"] for p in ("epsilon", "v_prediction")}, **{s: [f"--beta_schedule={s}"] for s in ("linear", "sigmoid")},
+            "a prefix is given": ["--mask_policy=suffix", "--drop_given=0"], "all is noised": ["--drop_given=1"],
+            "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
+            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "film": ["--time_cond=film"],
+            "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none"]}
+
+
+def bigram_kl(x, y, V):
+    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids below V, half a count added to each."""
+    p, q = (torch.bincount((z[:, :-1] * V + z[:, 1:]).flatten(), minlength=V * V).double() + 0.5 for z in (x, y))
+    p, q = p / p.sum(), q / q.sum()
+    return (p * (p / q).log()).sum().item()
+
+
+@torch.no_grad()
+def sampled(folder, rows, length, **options):
+    """`rows` unconditional samples of a run -> ids (rows,length)."""
+    saved = nets.load_checkpoint(os.path.join(folder, "ckpt.pt"))
+    net = nets.from_pretrained("the run", saved).eval()
+    diff = diffusion.DiffusionConfig(**{f.name: saved["config"][f.name] for f in dataclasses.fields(diffusion.DiffusionConfig)})
+    x = torch.full((rows, length), net.mask_id)
+    name = options.pop("sampler", diffusion.OBJECTIVES[diff.objective or "masked_mean"].sampler)
+    options |= dict(cfg=diff) if name in diffusion.GAUSSIAN_STEPS else {}
+    return diffusion.SAMPLERS[name](net, x, x != net.mask_id, net.mask_id, data.generator(1, 0, 3), **options)
+
+
+def suite_gaussian():
+    """Gaussian diffusion on held-out text (data_path), one part of config/gaussian.py changed at a time, beside masked diffusion with the same
+    network and steps: rounding accuracy by noise level, and the divergence of the samples' bigrams from held-out text's; the
+    number of sampling steps; milliseconds a step at N = 512, beside the attention twin."""
+    steps, runs, rows, length = (10 if quick else 600), earlier("gaussian"), 4 if quick else 64, 128
+    source = data.TextSource(data_path, length, "char")
+    held_out = source.eval_rows(rows * 4)[0]
+    kl = lambda y: bigram_kl(y, held_out, source.tokenizer.vocab_size)
+
+    def measure():
+        with tempfile.TemporaryDirectory() as folder:
+            first = "config/gaussian.py" if name != "masked" else "config/shakespeare.py"
+            log = train(first, *options, f"--data_path={data_path}", f"--max_iters={steps}", "--eval_interval=100000", folder=folder,
+                        *(["--batch_size=4", "--eval_iters=1"] * quick))
+            last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
+            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), alarm=last.get("alarm", ""))
+            found |= {k: last[k] for k in ("val_loss", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
+            if name == "masked":
+                found |= {"kl, 50 steps": kl(sampled(folder, rows, length, steps=50, sampler="topk"))}
+            else:
+                counts = (10, 20, 50, 100, 200) if name == "mixed, x0, cosine" else (50,)
+                found |= {f"kl, {n} steps": kl(sampled(folder, rows, length, steps=n)) for n in counts}
+                found["kl, ddpm"] = kl(sampled(folder, rows, length, steps=50, sampler="ddpm"))
+            found["norms"] = [round(row["grad_norm"], 3) for row in log if row["event"] == "train"]
+            found["loss"] = [round(row["loss"], 4) for row in log if row["event"] == "train"]
+        return found
+    for name in chosen(["masked", *GAUSSIAN]):
+        options = GAUSSIAN.get(name, [])
+        kept("gaussian", name, measure, runs)
+    number = lambda run, key, digits=3: f"{run[key]:.{digits}f}" if key in run else ""
+    own = kl(source.eval_rows(rows * 8)[0][-rows:])
+    table(f"{steps} steps of 64 rows; divergence of {rows} samples' bigrams from held-out text's, nats (the text's own: {own:.3f})",
+          ["setting", "parameters", "rounds rightly at t = 0.2", "0.5", "1", "divergence, DDIM 50", "DDPM 50", "ms a step", "alarm"],
+          [[name, f"{run['parameters'] / 1e6:.2f} M", *(number(run, f"round_acc_{t}") for t in ("0.2", "0.5", "1.0")), number(run, "kl, 50 steps"),
+            number(run, "kl, ddpm"), f"{run['ms']:.0f}", run["alarm"]] for name, run in runs.items() if isinstance(run, dict) and "ms" in run])
+    steps_of = runs.get("mixed, x0, cosine", {})
+    table("divergence by sampling steps", ["steps", "divergence"], [[key[4:-6], f"{v:.3f}"] for key, v in steps_of.items() if key.endswith("steps")])
+    speed = denoising_speed()
+    table("50 denoising steps at N = 512, batch 1, ms a step", ["network", "ms"], [[k, f"{v:.1f}"] for k, v in speed.items()])
+    return {"runs": runs, "speed": speed}
+
+
+@torch.no_grad()
+def denoising_speed():
+    """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers, in turn."""
+    base = dataclasses.replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
+    networks = {"rwkv7, bidirectional": base, "biwkv": dataclasses.replace(base, mixer="biwkv"), "attention twin": attention_twin(base)}
+    seen, x, steps = {}, torch.full((1, 512), 256), 5 if quick else 50
+    for i in range(2 if quick else 4):
+        for name, cfg in networks.items():
+            net = networks[name] = nets.Denoiser(cfg).eval() if isinstance(cfg, nets.ModelConfig) else cfg
+            start = time.perf_counter()
+            diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), cfg=diffusion.DiffusionConfig(), steps=steps)
+            if i:
+                seen.setdefault(name, []).append((time.perf_counter() - start) / steps * 1e3)
+    return {name: statistics.median(times) for name, times in seen.items()}
 
 
 def state_bytes(state):
@@ -363,7 +467,7 @@ def suite_generate():
 
 
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
-          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate}
+          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate, "gaussian": suite_gaussian}
 
 
 def write(name, result):

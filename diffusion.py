@@ -18,10 +18,10 @@ import torch.nn.functional as F
 class DiffusionConfig:
     objective: str = ""             # what is noised and how it is weighted; empty = task for a task, masked_mean for text
     schedule: str = "linear"        # masks: masking rate m(t)
-    mask_policy: str = "independent"  # masks: which tokens are masked together in training; the bound is always that of independent ones
-    mask_span: int = 8              # mask_policy=spans, and gaussian: mean length of a run, tokens
+    mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training; the bound is that of independent ones
+    mask_span: int = 8              # mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
-    noise_shift: float = 4.0        # gaussian: at each t the signal's amplitude is this much weaker against the noise
+    noise_shift: float = 6.0        # gaussian: at each t the signal's amplitude is this much weaker against the noise
     diffusion_steps: int = 1000     # gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE of the prediction; mixed = and token_loss_weight * cross-entropy; tokens = that alone
@@ -128,10 +128,10 @@ def digits(noise):
 
 def gaussian_noise(maskable, t, noise, cfg, n):
     """Gaussian noise instead of masks; the weight is each token's noise level, 0 for what is given. Given is what may not be masked; in
-    a text, where all may, a random share of it in runs. A share drop_given of the rows is noised whole."""
+    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole."""
     dropped = digits(noise[:, :1]) < cfg.drop_given
     text = maskable.all(1, keepdim=True)
-    masked = maskable & (~text | dropped | (spans(noise, maskable, cfg.mask_span) < digits(noise[:, -1:])))
+    masked = maskable & (~text | dropped | (together(noise, maskable, cfg) < digits(noise[:, -1:])))
     return masked, t[:, None] * (masked | dropped), masked.sum()
 
 
@@ -279,9 +279,13 @@ def rounding(x0, table):
 
 
 def estimate(denoise, x_t, t, table, cfg, **options):
-    """-> x_0 (B,T,C), logits (B,T,V), the prediction itself (None for diffusion_mode=tokens), and its amplitudes a, s."""
+    """-> x_0 (B,T,C), logits (B,T,V), the prediction itself (None for diffusion_mode=tokens), and its amplitudes a, s.
+
+    The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is known (as EDM's c_in, arXiv
+    2206.00364, section 5).
+    """
     a, s = amplitudes(t, cfg)
-    out = denoise(x_t, t=t, **options)
+    out = denoise(a * x_t, t=t, **options)
     if not MODES[cfg.diffusion_mode][0]:
         logits = out.logits.float()
         with torch.autocast(logits.device.type, enabled=False):
@@ -336,8 +340,7 @@ def gaussian_report(net, x, masked, lengths, generator, cfg):
     distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw embeddings and
     their largest mean cosine. val_loss is the mean over the levels.
     """
-    table, found, alarm, share = net.table(), {}, "", 0.0
-    losses = []
+    table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
         t = level * masked.float()
         eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
@@ -347,7 +350,8 @@ def gaussian_report(net, x, masked, lengths, generator, cfg):
         token = logits.argmax(-1)
         terms = {}
         if vector is not None:
-            terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(F.embedding(x, table), eps, a, s)).square().mean(-1)[masked].mean().item()
+            target = PREDICTIONS[cfg.prediction_type].target(F.embedding(x, table), eps, a, s)
+            terms["mse"] = (vector - target).square().mean(-1)[masked].mean().item()
         if MODES[cfg.diffusion_mode][1]:
             terms["ce"] = F.cross_entropy(logits[masked], x[masked]).item()
         near = F.embedding(token, table)
@@ -358,7 +362,7 @@ def gaussian_report(net, x, masked, lengths, generator, cfg):
         losses.append(terms.get("mse", 0) + (cfg.token_loss_weight if "mse" in terms else 1) * terms.get("ce", 0))
         most = token[masked].bincount().max().item() / masked.sum().item()
         if level <= 0.5 and most > 0.9 and x[masked].bincount().max().item() < 0.5 * masked.sum().item():
-            alarm, share = alarm or f"at noise level {level} one token takes {most:.0%} of what is rounded", most
+            alarm = alarm or f"at noise level {level} one token takes {most:.0%} of what is rounded"
     similar = table @ table.T / table.shape[1]
     mean_cosine = (similar.sum() - len(table)) / max(1, len(table) * (len(table) - 1))
     length = net.emb.weight[:-1].norm(dim=-1)

@@ -410,7 +410,8 @@ def rotate(x, cos, sin):
 
 TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-CHOICES = {"direction": RWKV7.directions, "ffn_shift": ("none", "before", "both"), "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT}
+CHOICES = {"direction": RWKV7.directions, "ffn_shift": ("none", "before", "both"), "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS,
+           "dw_jrt_inject": DW_JRT_INJECT}
 
 
 class ChannelMix(nn.Module):
@@ -568,7 +569,7 @@ class Denoiser(nn.Module):
         if not x.is_floating_point():
             x = self.emb(x)
         elif self.cfg.gaussian:
-            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if self.cfg.self_cond else x)
+            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if self.cfg.self_cond else x) + time
         x = self.blocks[0].ln0(x)
         shared, states = Shared(x, self.cfg, way, lengths, time, clean or every is not None, every), []
         for i, block in enumerate(self.blocks):
@@ -630,7 +631,7 @@ def check_config(cfg):
             raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
         if direction(cfg) not in (can := TIME_MIXERS[name].directions):
             raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
-    if cfg.gaussian and cfg.time_cond == "none" and not all(hasattr(TIME_MIXERS[name], "wants_time") for name in pattern(cfg)):
+    if cfg.gaussian and cfg.time_cond == "none" and not any(hasattr(TIME_MIXERS[name], "wants_time") for name in pattern(cfg)):
         raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
     if cfg.ffn_shift == "both" and direction(cfg) != "bidirectional":
         raise ValueError("ffn_shift=both looks at the token after: choose direction=bidirectional, or ffn_shift=before")
@@ -805,7 +806,8 @@ def load_weights(model, weights, path):
     wrong = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
              if k in weights and weights[k].numel() != v.numel()]
     if broken := [k for k, v in weights.items() if k in own and not torch.isfinite(v).all()]:
-        raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: the run that wrote it diverged; use an earlier checkpoint")
+        raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: the run that wrote it diverged; "
+                         "use an earlier checkpoint")
     for what, keys in (("lacks", missing), ("has unknown", strange), ("has another shape in", wrong)):
         if keys:
             raise ValueError(f"{path} {what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: "

@@ -143,7 +143,8 @@ def main(cfg):
     fits = diffusion.OBJECTIVES[trained].sampler
     name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
     gaussian = lambda sampler: sampler in diffusion.GAUSSIAN_STEPS
-    diff = diffusion.DiffusionConfig(**{f.name: train_keys[f.name] for f in dataclasses.fields(diffusion.DiffusionConfig)}) if gaussian(fits) else None
+    keys = {f.name: train_keys[f.name] for f in dataclasses.fields(diffusion.DiffusionConfig) if f.name in train_keys}
+    diff = diffusion.DiffusionConfig(**keys) if gaussian(fits) else None
     if (name == "ar") != (fits == "ar") or gaussian(name) != gaussian(fits):
         raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
     if task and not (prompt or suffix or prompt_file or text):

@@ -234,8 +234,8 @@ def evaluate_gaussian(net, source, diff, device, step):
     with autocast(device):
         metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff)
         rows = slice(None) if task else slice(1)
-        pred = torch.cat([diffusion.SAMPLERS["ddim"](net, send(a), ~send(m), net.mask_id, g, cfg=diff, steps=min(20, diff.diffusion_steps or 20),
-                                                     lengths=send(n)).cpu()
+        fill = functools.partial(diffusion.SAMPLERS["ddim"], net, cfg=diff, steps=min(20, diff.diffusion_steps or 20))
+        pred = torch.cat([fill(send(a), ~send(m), net.mask_id, g, lengths=send(n)).cpu()
                           for a, m, n in data.split(batch_size, x[rows], shown[rows], lengths if lengths is None else lengths[rows])])
     if task:
         score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
@@ -248,7 +248,8 @@ def log_header(cfg, model, device):
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=os.path.dirname(os.path.abspath(__file__)))
     count = lambda ps: sum(p.numel() for p in ps)
-    return {"event": "start", "parameters": count(model.parameters()), "active": count(p for p in model.parameters() if p.requires_grad), "git": git.stdout.strip() or "none",
+    return {"event": "start", "parameters": count(model.parameters()),
+            "active": count(p for p in model.parameters() if p.requires_grad), "git": git.stdout.strip() or "none",
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
             "dtype": "bf16" if in_bf16(device) else "fp32",
             "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
@@ -299,7 +300,8 @@ def check_objective(diff, source, cfg):
     name = diff.objective
     chosen = diffusion.OBJECTIVES[name]
     if chosen.gaussian != cfg.gaussian:
-        raise ValueError(f"objective={name} needs a network with gaussian={int(chosen.gaussian)}: leave gaussian out, or start with --init_from=scratch")
+        raise ValueError(f"objective={name} needs a network with gaussian={int(chosen.gaussian)}: leave gaussian out, "
+                         "or start with --init_from=scratch")
     if chosen.gaussian and (mem_check or log_output):
         raise ValueError(f"mem_check and log_output are for masks, not for objective={name}: use sample.py")
     if chosen.gaussian and nets.direction(cfg) == "block":
@@ -426,7 +428,8 @@ def main(cfg):
 
     def checkpoint(step):
         if lead:
-            nets.save_checkpoint(own, dict(model=model.state_dict(), **({"averaged": averaged.state_dict()} if averaged else {}), model_config=dataclasses.asdict(model.cfg), step=step,
+            more = {"averaged": averaged.state_dict()} if averaged else {}
+            nets.save_checkpoint(own, dict(model=model.state_dict(), **more, model_config=dataclasses.asdict(model.cfg), step=step,
                                            optimizers=[o.state_dict() for o in optimizers], config=cfg.as_dict(),
                                            tokenizer=source.tokenizer.state()))
 
@@ -435,7 +438,8 @@ def main(cfg):
         return finish(source, model, denoise, dev, tell)
 
     tops = noise_tops(diff.noise_levels)
-    noise = lambda step, maskable, t, u: chosen.noise(maskable, t * tops[min(len(tops) - 1, step * len(tops) // max_iters)], u, diff, model.cfg.block_size)
+    top = lambda step: tops[min(len(tops) - 1, step * len(tops) // max_iters)]
+    noise = lambda step, maskable, t, u: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size)
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,
                                 model.cfg.n_embd if chosen.gaussian else 0)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
@@ -506,5 +510,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for, show=os.environ.get("RANK", "0") == "0",
-                       choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)))
+        main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for,
+                       show=os.environ.get("RANK", "0") == "0",
+                       choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
+                                    wkv_impl=wkv_cuda.BACK_ENDS)))

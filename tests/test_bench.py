@@ -1,8 +1,10 @@
 """What the tables rest on: FLOPs by formula against a counted run, twins of equal size, quick runs that overwrite nothing."""
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 import bench
 import wkv_cuda
@@ -25,6 +27,21 @@ def test_the_attention_twin_has_as_many_parameters(direction):
     cfg = replace(SMALL, direction=direction)
     twin = bench.attention_twin(cfg)
     assert twin.mixer == "attention" and bench.parameters(twin) == pytest.approx(bench.parameters(cfg), rel=0.005)
+
+
+def test_bigram_divergence_by_hand():
+    x, y = torch.tensor([[0, 1, 0]]), torch.tensor([[0, 0, 0]])      # bigrams 01, 10 against twice 00, half a count each
+    p, q = (0.5 / 4, 1.5 / 4, 1.5 / 4, 0.5 / 4), (2.5 / 4, 0.5 / 4, 0.5 / 4, 0.5 / 4)
+    assert bench.bigram_kl(x, y, 2) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)))
+    assert bench.bigram_kl(x, x, 2) == 0
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "out", str(tmp_path))
+    asked, runs = [], bench.earlier("text")
+    for key in ("a", "b", "a"):
+        bench.kept("text", key, lambda: asked.append(key) or dict(bits=1.0), runs)
+    assert asked == ["a", "b"] and bench.earlier("text") == runs == {"a": {"bits": 1.0}, "b": {"bits": 1.0}}
 
 
 def test_a_quick_run_replaces_no_measured_figures(run, tmp_path):

@@ -1,5 +1,4 @@
 """Tokens and batches: nothing may depend on how a batch is cut."""
-import functools
 import hashlib
 import json
 import os

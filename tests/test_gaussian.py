@@ -40,7 +40,7 @@ class Perfect:
         self.calls.append(t)
         x0 = self.embeddings[self.x]
         a, s = amplitudes(t, self.diffusion)
-        eps = (x_t - a * x0) / s.clamp_min(1e-9)
+        eps = (x_t / a - a * x0) / s.clamp_min(1e-9)
         logits = 50.0 * torch.nn.functional.one_hot(self.x, len(self.embeddings)).float()
         return type("Out", (), {"vector": PREDICTIONS[self.diffusion.prediction_type].target(x0, eps, a, s), "logits": logits})
 

@@ -189,7 +189,8 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
       else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dother);
     }
   }
-  for (int64_t c = 0; hi > lo && hi % p.T && c < middle; c += W) add(p.dx + (hi - 1) * p.C + c, sent(hi, c));   // the row after is another range's
+  for (int64_t c = 0; hi > lo && hi % p.T && c < middle; c += W)   // the row after the last one is another range's
+    add(p.dx + (hi - 1) * p.C + c, sent(hi, c));
 }
 
 constexpr float STRONGEST = -0.606530660f;               // -exp(-0.5), the log-decay's bound

@@ -1,0 +1,16 @@
+"""Gaussian diffusion over embeddings, mixed loss: DATA_PATH=input.txt python train.py config/gaussian.py"""
+objective = "gaussian"
+diffusion_mode = "mixed"
+mask_policy = "spans"
+drop_given = 0.5
+self_cond = True
+ema = 0.99
+tokenizer = "char"
+seq_len = 128
+batch_size = 64
+max_iters = 1500
+n_layer = 4
+n_embd = 128
+head_size = 32
+tie_directions = True
+ffn_shift = "both"
