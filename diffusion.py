@@ -247,7 +247,8 @@ def abar(t, cfg):
     of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its amplitude: unshifted, most levels teach nothing.
     """
     if not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give values in (0, 1]; 0 is for what is given")
+        raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give values in (0, 1]; "
+                         "0 is for what is given")
     t = t.double()
     if cfg.diffusion_steps:
         t = (t * cfg.diffusion_steps - 1e-6).ceil().clamp_min(0) / cfg.diffusion_steps
