@@ -586,7 +586,8 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50,
     if cfg.diffusion_steps and steps > cfg.diffusion_steps:
         raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: give at most those")
     if guidance != 1 and not cfg.drop_given:
-        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): leave guidance at 1")
+        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
+                         "leave guidance at 1")
     table = net.table()
     given, clean = known.unsqueeze(-1), F.embedding(x.masked_fill(~known, 0), table)
     x_t = normal(clean, generator)
