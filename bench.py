@@ -422,12 +422,6 @@ def denoising_speed():
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
-def state_bytes(state):
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
-
-
 def suite_generate():
     """What a block of 32 tokens costs after a context of given length, untrained networks (C=256, N=64, four layers), 8 denoiser calls
     and, with a cache, one clean pass a block: RWKV-7 from its carried state, the attention twin from its cache of keys and values,
@@ -448,10 +442,10 @@ def suite_generate():
                         for piece in text.split(2048, 1):
                             state = net(piece, state=state, clean=True).state
                         one = lambda: [net(mask, state=state) for _ in range(calls)] + [net(mask, state=state, clean=True)]
-                        scale, size = 1, state_bytes(state)
+                        scale, size = 1, nets.state_bytes(state)
                     else:
                         whole = torch.cat([text, mask], 1)
-                        one, scale, size = (lambda: net(whole)), calls, state_bytes(whole)
+                        one, scale, size = (lambda: net(whole)), calls, nets.state_bytes(whole)
                     times = []
                     for _ in range(2 if context * B > 20000 else 5):
                         start = time.perf_counter()

@@ -58,6 +58,13 @@ class LayerState(NamedTuple):
     ffn_shift: Tensor  # (B,C), the channel mix's last input
 
 
+def state_bytes(state):
+    """What a state, or any nest of tensors, takes in memory."""
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+
+
 class Output(NamedTuple):
     logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
     hidden: Tensor             # (B,T,C), after the last norm

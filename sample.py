@@ -51,13 +51,16 @@ class Counted:
     """The model as the samplers want it, counting its calls; lengths: (B,) real tokens of each row, unless a call gives others."""
 
     def __init__(self, model, lengths=None):
-        self.model, self.lengths, self.calls = model, lengths, 0
+        self.model, self.lengths, self.calls, self.carried = model, lengths, 0, 0
 
     def __call__(self, x, lengths=None, **options):
         self.calls += 1
         if lengths is None and self.lengths is not None and "state" not in options:
             lengths = self.lengths.repeat(len(x) // len(self.lengths))       # guidance doubles the rows
-        return self.model(x, lengths=lengths, **options)
+        out = self.model(x, lengths=lengths, **options)
+        if options.get("state") is not None:       # bytes a row of what was carried to this call
+            self.carried = nets.state_bytes(options["state"]) // len(x)
+        return out
 
     @property
     def cfg(self):
@@ -98,7 +101,8 @@ def fill(model, tokenizer, x, known, name, layout, lengths=None, diff=None):
                                  data.generator(seed, 0, 3), **options)
     assert (y[known] == x[known]).all() and (y != model.mask_id).all()
     taken, n = time.perf_counter() - begun, int((~known).sum())
-    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} a call, {n / taken:.0f} tokens/s ({name})")
+    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} a call, {n / taken:.0f} tokens/s ({name}"
+          + (f", from a state of {counted.carried:,} bytes a row)" if counted.carried else ")"))
     return y
 
 

@@ -148,6 +148,17 @@ def test_checkpoints_of_another_shape_or_task_or_kind(run, tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
 
 
+def test_a_long_text_needs_no_larger_state(run, tmp_path):
+    (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
+    ok(run("train.py", os.path.join(ROOT, "config/block.py"), "--max_iters=1", "--n_layer=2", "--n_embd=32", "--head_size=16", "--batch_size=4",
+           "--seq_len=32", "--eval_iters=1", "--threads=1", "--data_path=input.txt"))
+    said = [ok(run("sample.py", "--prompt=the ", f"--length={n}", "--num_samples=2", "--steps=1")) for n in (32, 640)]
+    sizes = [line.split("state of ")[1] for shown in said for line in shown.splitlines() if "state of" in line]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+    wkv, shifts = 2 * 2 * 16 * 16 * 4, 2 * 2 * 32 * 4                # (layers, heads, N, N) and two vectors a layer, in bytes
+    assert sizes[0].startswith(f"{wkv + shifts:,} bytes a row")
+
+
 @pytest.mark.parametrize("preset", sorted(f for f in os.listdir(os.path.join(ROOT, "config")) if f.endswith(".py")))
 def test_every_preset_runs(run, tmp_path, preset):
     (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
