@@ -6,6 +6,9 @@ the global batch, so accumulation, several processes and a resumed run all see t
 
     python data.py prepare --data_path=FILE_or_FOLDER --tokenizer=byte --out=FOLDER   much text to token files, in little memory
     python data.py train-bpe --data_path=FILE --vocab_size=4096 --out=FILE.json       a vocabulary for --tokenizer=bpe:FILE.json
+    python data.py latents --data_path=FILE --out=FOLDER             texts with 32 latents each, made without any model
+    python data.py project --data_path=FOLDER --out=FOLDER2          latents of an embedder's 1024 dimensions to 32
+    python data.py tokenize --data_path=FOLDER2 --tokenizer=byte     their tokens
     python data.py download shakespeare                                               or text8, or gpt2 (its vocabulary)
 """
 import argparse
@@ -27,7 +30,9 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -659,6 +664,198 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
     save()
 
 
+# ---- texts with latent vectors, in the layout of DiffRwkv ----------------------------------------------------------------
+# DIR/train_data.json            [{"text": ..., "latent_path": "latents/train/000000.npy"}, ...]; DIR/validation_data.json likewise
+# DIR/latents/train/*.npy        one vector each
+# DIR/train/*.npz                input_ids and attention_mask (n,T), the rows in the order of the JSON file; DIR/tokenizer.json whose ids they are
+# DIR/projection.npz             mean (F,), components (F,D) and scale that made the latents of F features
+
+PAIRS = ("train", "validation")
+SHARD = 4096                                                                # rows of a token file, and of what is in memory at a time
+
+
+class Projection(NamedTuple):
+    """F features -> D latents, by the principal components of a training set: (x - mean) components / scale, scale such that the mean
+    variance of a latent is 1 (one for all, so that distances stay what they are)."""
+    mean: np.ndarray
+    components: np.ndarray
+    scale: np.ndarray
+
+    def __call__(self, x):
+        return ((x - self.mean) @ self.components / self.scale).astype(np.float32)
+
+
+def fit_projection(chunks, dim):
+    """Chunks (n,F) of a training set, read once, in any number -> its Projection to `dim` latents. ValueError if it has fewer."""
+    n, first, second = 0, 0.0, 0.0
+    for x in chunks:
+        x = np.asarray(x, np.float64)
+        n, first, second = n + len(x), first + x.sum(0), second + x.T @ x
+    if n <= dim or np.size(first) < dim:
+        raise ValueError(f"dim={dim} latents from {n} vectors of {np.size(first)} features: give more texts, or a smaller --dim")
+    values, vectors = np.linalg.eigh(second / n - np.outer(first / n, first / n))
+    values, vectors = values[::-1][:dim], vectors[:, ::-1][:, :dim]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(dim)])          # eigenvectors have no sign of their own
+    return Projection((first / n).astype(np.float32), vectors.astype(np.float32), np.float32(max(values.mean(), 1e-12) ** 0.5))
+
+
+def load_array(path, keys=None):
+    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated or would run code."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        return found if keys is None else [found[key] for key in keys]
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except KeyError as e:
+        raise ValueError(f"{path} lacks {e}: give a file with {', '.join(keys)}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        why = "it holds pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
+        raise ValueError(f"{path} cannot be read: {why}") from None
+
+
+def ngrams(texts, buckets):
+    """Texts -> (n,buckets) float32: how often words and runs of 2 to 4 characters occur, hashed, as log(1 + count), each row of length 1."""
+    out = np.zeros((len(texts), buckets), np.float32)
+    for row, text in zip(out, texts):
+        low = f" {' '.join(text.lower().split())} "
+        grams = [low[i:i + n] for n in (2, 3, 4) for i in range(len(low) - n + 1)] + low.split()
+        row += np.bincount([zlib.crc32(g.encode()) % buckets for g in grams], minlength=buckets)
+    out = np.log1p(out)
+    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
+
+
+def passages(parts, length):
+    """Regions of files -> the texts in them, each of `length` characters; what is left over at the end of a region is dropped."""
+    for path, begin, end in parts:
+        rest = ""
+        for _, _, text in pieces(path, begin, end):
+            rest += text
+            cut = len(rest) // length * length
+            yield from (rest[i:i + length] for i in range(0, cut, length))
+            rest = rest[cut:]
+
+
+def in_chunks(items, n=SHARD):
+    items = iter(items)
+    while chunk := list(itertools.islice(items, n)):
+        yield chunk
+
+
+def write_pairs(out, split, chunks):
+    """(texts, latents (n,D)) chunk by chunk -> the JSON file and the .npy files of a split; the JSON file comes last -> how many."""
+    n, folder = 0, Path(out, "latents", split)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(Path(out, f"{split}_data.json.tmp"), "w", encoding="utf-8") as f:
+        for texts, vectors in chunks:
+            for text, vector in zip(texts, vectors):
+                np.save(folder / f"{n:06d}.npy", vector.astype(np.float32))
+                entry = json.dumps({"text": text, "latent_path": f"latents/{split}/{n:06d}.npy"}, ensure_ascii=False)
+                f.write((",\n" if n else "[\n") + entry)
+                n += 1
+        f.write("\n]\n" if n else "[]\n")
+    os.replace(Path(out, f"{split}_data.json.tmp"), Path(out, f"{split}_data.json"))
+    return n
+
+
+def save_projection(out, projection):
+    with open(Path(out, "projection.npz.tmp"), "wb") as f:
+        np.savez(f, **projection._asdict())
+    os.replace(Path(out, "projection.npz.tmp"), Path(out, "projection.npz"))
+
+
+def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_share=0.1, buckets=2048):
+    """Latents without any model: passages of `length` characters of a text (default: Python's standard library), their hashed n-grams, and
+    the `dim` principal components of those -> folder `out` with texts, latents and tokens. The last val_share of the text is held out."""
+    if not out or dim < 1 or length < 1 or buckets < dim:
+        raise ValueError(f"out={out!r}, dim={dim}, length={length}, buckets={buckets}: give the folder to write as --out, and at least 1 "
+                         "latent, 1 character and as many buckets as latents")
+    os.makedirs(out, exist_ok=True)
+    if not data_path:
+        data_path = str(Path(out, "text.txt"))
+        replace_file(data_path, read_text("")[1].encode())
+    parts = regions(text_files(data_path), val_share)
+    features = lambda split: ((texts, ngrams(texts, buckets)) for texts in in_chunks(passages(parts[split], length)))
+    projection = fit_projection((x for _, x in tqdm(features("train"), desc="n-grams", unit="chunk")), dim)
+    counts = [write_pairs(out, to, ((texts, projection(x)) for texts, x in tqdm(features(split), desc=f"{to} latents", unit="chunk")))
+              for split, to in zip(SPLITS, PAIRS)]
+    save_projection(out, projection)
+    print(f"{out}: {counts[0]:,} training and {counts[1]:,} validation texts with {dim} latents each")
+    tokenize(out, tokenizer, length)
+
+
+def project(data_path="", out="", dim=32):
+    """Vectors of many dimensions (a text embedder's 1024) in this layout -> the same texts with `dim` principal components of them in folder
+    `out`. The components are fitted on the training split alone."""
+    if not out or dim < 1 or os.path.realpath(out or ".") == os.path.realpath(data_path):
+        raise ValueError(f"data_path={data_path!r}, out={out!r}, dim={dim}: give the folder to read, another one to write as --out, and at least 1")
+    chunks = {split: lambda split=split: (read_vectors(data_path, part)[:2] for part in in_chunks(read_entries(data_path, split)))
+              for split in PAIRS}
+    projection = fit_projection((x for _, x in tqdm(chunks["train"](), desc="components", unit="chunk")), dim)
+    os.makedirs(out, exist_ok=True)
+    counts = [write_pairs(out, split, (([e["text"] for e in part], projection(x)) for part, x in chunks[split]())) for split in PAIRS]
+    save_projection(out, projection)
+    print(f"{out}: {counts[0]:,} training and {counts[1]:,} validation texts, {len(projection.mean)} dimensions to {dim}; "
+          f"try: python data.py tokenize --data_path={out}")
+
+
+def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=True):
+    """The texts of a folder in this layout -> token files beside them (at most max_length tokens of each). Nothing is downloaded unless
+    local_files_only=0 allows it, and then only a vocabulary that is not on the machine."""
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length} is not allowed: give at least 1")
+    if tokenizer == "gpt2" and not local_files_only:
+        download("gpt2")
+    texts = {split: [entry["text"] for entry in read_entries(data_path, split)] for split in PAIRS}
+    tok = Tokenizer(tokenizer, alphabet(*texts["train"], *texts["validation"]) if tokenizer == "char" else "")
+    tok.encode("")
+    for split, mine in texts.items():
+        folder = Path(data_path, split)
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.npz"):
+            old.unlink()
+        for i, part in enumerate(in_chunks(tqdm(mine, desc=f"{split} tokens", unit="text"))):
+            rows = [tok.encode(text)[:max_length] for text in part]
+            ids, mask = np.zeros((len(rows), max_length), np.uint32), np.zeros((len(rows), max_length), bool)
+            for row, (x, m) in zip(rows, zip(ids, mask)):
+                x[:len(row)], m[:len(row)] = row, True
+            np.savez(folder / f"{i:06d}.npz", input_ids=ids, attention_mask=mask)
+    replace_file(Path(data_path, "tokenizer.json"), json.dumps(tok.state()).encode())
+    print(f"{data_path}: {len(texts['train']):,} + {len(texts['validation']):,} texts of at most {max_length} {tok.kind} tokens, vocabulary "
+          f"{tok.vocab_size:,}")
+
+
+def read_entries(folder, split):
+    """The entries of DIR/SPLIT_data.json, a list of {"text": ..., "latent_path": ...}."""
+    file = Path(folder, f"{split}_data.json")
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes such a folder") from None
+    except ValueError as e:
+        raise ValueError(f"{file} is no JSON ({e})") from None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("text"), str) for e in entries):
+        raise ValueError(f'{file} must be a list of entries such as {{"text": "...", "latent_path": "latents/{split}/000000.npy"}}')
+    return entries
+
+
+def read_vectors(folder, entries, skip_missing=False):
+    """-> (entries with a latent file, their vectors (n,D) float32, how many are without). ValueError for entries without one, unless they
+    may be skipped, for vectors of several lengths, and for NaN."""
+    path = lambda entry: entry.get("latent_path") and Path(folder, entry["latent_path"])
+    lacking = [str(path(e) or f"entry {i} has no latent_path") for i, e in enumerate(entries) if not path(e) or not path(e).is_file()]
+    if lacking and not skip_missing:
+        raise ValueError(f"{len(lacking)} of {len(entries)} entries have no latent file ({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}): "
+                         "make them, or leave those texts out with --skip_missing=1")
+    entries = [e for e in entries if path(e) and path(e).is_file()]
+    vectors = [load_array(path(e)) for e in entries]
+    for e, v in zip(entries, vectors):
+        if v.ndim != 1 or v.shape != vectors[0].shape:
+            raise ValueError(f"{path(e)} has shape {v.shape}, {path(entries[0])} has {vectors[0].shape}: give vectors of one dimension")
+        if not np.isfinite(v).all():
+            raise ValueError(f"{path(e)} holds NaN or infinite numbers: make it again")
+    return entries, np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, 0), np.float32), len(lacking)
+
+
 def train_bpe(data_path="", vocab_size=4096, out=""):
     """Byte-level BPE (any text comes back as it was), trained by the tokenizers library; <|endoftext|> is id 0."""
     import tokenizers
@@ -709,7 +906,8 @@ def download(name, out=""):
     print(f"{out}: {size:,} bytes, {kind} as expected; try: python train.py --data_path={out}")
 
 
-COMMANDS = {"prepare": prepare, "train-bpe": train_bpe, "download": download}
+COMMANDS = {"prepare": prepare, "train-bpe": train_bpe, "latents": latents, "project": project, "tokenize": tokenize,
+            "download": download}
 
 
 class OneLine(argparse.ArgumentParser):
