@@ -52,8 +52,9 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and b["step"] == 6
 
 
-def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path):
-    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10)
+@pytest.mark.parametrize("more", [{}, dict(OBJECTIVE="gaussian", DW_JRT=0, SELF_COND=1, EMA=0.9, FREEZE="emb", UNFREEZE_AFTER_STEPS=1, UNFREEZE_PATTERNS=".")])
+def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, more):
+    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10) | more
     ok(run("train.py", "--out_dir=one", **settings))
     ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
     env = {k: v for k, v in os.environ.items()} | {k: str(v) for k, v in settings.items()}
