@@ -228,7 +228,7 @@ def evaluate_gaussian(net, source, diff, device, step):
         x, masked, lengths = source.eval_rows(struct_eval_n, struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}")
         shown = masked
     else:
-        x, masked, lengths = source.eval_rows(min(eval_iters * batch_size, 256))
+        x, masked, lengths = source.eval_rows(batch_size)
         shown = torch.rand(x.shape, generator=g) < 0.3
     send = lambda z: z if z is None else z.to(device)
     with autocast(device):
