@@ -390,7 +390,7 @@ def suite_gaussian():
             found["norms"] = [round(row["grad_norm"], 3) for row in log if row["event"] == "train"]
             found["loss"] = [round(row["loss"], 4) for row in log if row["event"] == "train"]
         return found
-    for name in chosen(["masked", *GAUSSIAN]):
+    for name in chosen(["masked", *GAUSSIAN])[:2 if quick else None]:
         options = GAUSSIAN.get(name, [])
         kept("gaussian", name, measure, runs)
     number = lambda run, key, digits=3: f"{run[key]:.{digits}f}" if key in run else ""
