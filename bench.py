@@ -357,7 +357,7 @@ def sampled(folder, rows, length, **options):
     """`rows` unconditional samples of a run -> ids (rows,length)."""
     saved = nets.load_checkpoint(os.path.join(folder, "ckpt.pt"))
     net = nets.from_pretrained("the run", saved).eval()
-    diff = diffusion.DiffusionConfig(**{f.name: saved["config"][f.name] for f in dataclasses.fields(diffusion.DiffusionConfig)})
+    diff = diffusion.trained_with(saved["config"])
     x = torch.full((rows, length), net.mask_id)
     name = options.pop("sampler", diffusion.OBJECTIVES[diff.objective or "masked_mean"].sampler)
     options |= dict(cfg=diff) if name in diffusion.GAUSSIAN_STEPS else {}
@@ -398,7 +398,7 @@ def suite_gaussian():
     table(f"{steps} steps of 64 rows; divergence of {rows} samples' bigrams from held-out text's, nats (the text's own: {own:.3f})",
           ["setting", "parameters", "rounds rightly at t = 0.2", "0.5", "1", "divergence, DDIM 50", "DDPM 50", "ms a step", "alarm"],
           [[name, f"{run['parameters'] / 1e6:.2f} M", *(number(run, f"round_acc_{t}") for t in ("0.2", "0.5", "1.0")), number(run, "kl, 50 steps"),
-            number(run, "kl, ddpm"), f"{run['ms']:.0f}", run["alarm"]] for name, run in runs.items() if isinstance(run, dict) and "ms" in run])
+            number(run, "kl, ddpm"), f"{run['ms']:.0f}", run["alarm"]] for name, run in runs.items()])
     steps_of = runs.get("mixed, x0, cosine", {})
     table("divergence by sampling steps", ["steps", "divergence"], [[key[4:-6], f"{v:.3f}"] for key, v in steps_of.items() if key.endswith("steps")])
     speed = denoising_speed()

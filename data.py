@@ -19,6 +19,7 @@ import glob
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -758,9 +759,9 @@ def write_pairs(out, split, chunks):
 
 
 def save_projection(out, projection):
-    with open(Path(out, "projection.npz.tmp"), "wb") as f:
-        np.savez(f, **projection._asdict())
-    os.replace(Path(out, "projection.npz.tmp"), Path(out, "projection.npz"))
+    content = io.BytesIO()
+    np.savez(content, **projection._asdict())
+    replace_file(Path(out, "projection.npz"), content.getvalue())
 
 
 def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_share=0.1, buckets=2048):

@@ -7,7 +7,7 @@ before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. R
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -28,6 +28,12 @@ class DiffusionConfig:
     token_loss_weight: float = 1.0  # gaussian: of the cross-entropy of the predicted x_0 against the embeddings
     drop_given: float = 0.1         # gaussian: share of rows noised whole, nothing of them given, so that guidance has something to compare with
     noise_levels: str = "1"         # gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
+
+
+def trained_with(config):
+    """The DiffusionConfig in a checkpoint's settings, a dict that holds others, too, and may lack newer keys."""
+    return DiffusionConfig(**{f.name: config[f.name] for f in fields(DiffusionConfig) if f.name in config})
+
 
 # ---- schedules: t -> (m(t), m'(t)), with m(0) = 0 and m(1) = 1 ----
 

@@ -6,7 +6,6 @@
     python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token
     ... --watch=1 shows the denoising step by step
 """
-import dataclasses
 import os
 import sys
 import time
@@ -147,8 +146,7 @@ def main(cfg):
     fits = diffusion.OBJECTIVES[trained].sampler
     name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
     gaussian = lambda sampler: sampler in diffusion.GAUSSIAN_STEPS
-    keys = {f.name: train_keys[f.name] for f in dataclasses.fields(diffusion.DiffusionConfig) if f.name in train_keys}
-    diff = diffusion.DiffusionConfig(**keys) if gaussian(fits) else None
+    diff = diffusion.trained_with(train_keys) if gaussian(fits) else None
     if (name == "ar") != (fits == "ar") or gaussian(name) != gaussian(fits):
         raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
     if task and not (prompt or suffix or prompt_file or text):

@@ -192,12 +192,16 @@ def build_model(cfg, source, path, saved):
     return model
 
 
+def task_rows(source, step):
+    """The rows a task is evaluated on: always the same, or with struct_eval_fixed=0 others at each step."""
+    return source.eval_rows(struct_eval_n, struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}")
+
+
 @torch.no_grad()
 def evaluate(denoise, source, bound, mask_id, device, step):
     """-> ({"val_loss": ..., and acc and exact for a task, or bits a character, byte and token with standard errors}, sample to print)."""
     if isinstance(source, data.TaskSource):
-        seed = struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}"
-        x, masked, lengths = source.eval_rows(struct_eval_n, seed)
+        x, masked, lengths = task_rows(source, step)
         logits = torch.cat([denoise(diffusion.mask_tokens(a, m, mask_id).to(device), lengths=n if n is None else n.to(device)).logits.cpu()
                             for a, m, n in data.split(batch_size, x, masked, lengths)])
         loss = torch.nn.functional.cross_entropy(logits[masked], x[masked]).item()
@@ -225,7 +229,7 @@ def evaluate_gaussian(net, source, diff, device, step):
     the infilling of one row only), sample to print, and the alarm."""
     g, task = data.generator(struct_eval_seed, 0, 2), isinstance(source, data.TaskSource)
     if task:
-        x, masked, lengths = source.eval_rows(struct_eval_n, struct_eval_seed if struct_eval_fixed else f"{struct_eval_seed} {step}")
+        x, masked, lengths = task_rows(source, step)
         shown = masked
     else:
         x, masked, lengths = source.eval_rows(batch_size)
@@ -352,6 +356,9 @@ def main(cfg):
     for key in ("seq_len", "batch_size", "mask_span", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema={ema} is not allowed: give a decay in [0, 1)")
+    tops = noise_tops(cfg.noise_levels)
     micro = device_bsz or max(1, batch_size // world)
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
@@ -368,8 +375,6 @@ def main(cfg):
 
     if world > 1:
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-    if not 0 <= ema < 1:
-        raise ValueError(f"ema={ema} is not allowed: give a decay in [0, 1)")
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     final = averaged.module if averaged else model     # what is evaluated
     def denoise(*args, **options):
@@ -437,7 +442,6 @@ def main(cfg):
         report(saved.get("step", 0))
         return finish(source, model, denoise, dev, tell)
 
-    tops = noise_tops(diff.noise_levels)
     top = lambda step: tops[min(len(tops) - 1, step * len(tops) // max_iters)]
     noise = lambda step, maskable, t, u: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size)
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,

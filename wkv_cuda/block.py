@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loader import backend, call, operator, run
+from .loader import backend, call, operator, run, wants_grad
 from .wkv7 import HEAD_SIZES, wkv7
 
 
@@ -101,7 +101,7 @@ def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight,
     kind = _kind(r)
     tensors = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, s0)
     if (scan or not _kernel(r.device, kind) or r.shape[0] * r.shape[2] // head_size < torch.get_num_threads()     # a head is a thread's
-            or torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+            or wants_grad(*tensors)):
         heads = lambda z: z.unflatten(-1, (-1, head_size))
         w, k, v, a, b = wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
         z = map(heads, (r, w, k, v, a, b))

@@ -100,10 +100,13 @@ def operator(fake):
     return decorate
 
 
+def wants_grad(*args):
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+
+
 def run(function, op, *args):
     """op(*args), through the autograd.Function only where a gradient is wanted: to go through it takes as long as a small kernel."""
-    wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
-    return function.apply(*args) if wanted else op(*args)
+    return function.apply(*args) if wants_grad(*args) else op(*args)
 
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"   # the stable ABI of torch 2.11: one source for it and all later ones

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loader import backend, call, operator
+from .loader import backend, call, operator, wants_grad
 
 HEAD_SIZES = (16, 32, 64, 128)
 CHUNK = 16  # tokens between two saved states; the kernels hold the same number
@@ -153,7 +153,7 @@ class _Wkv7(torch.autograd.Function):
 
 
 def _wkv7_kernel(r, w, k, v, a, b, s0=None, c=None, every=None):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, w, k, v, a, b, s0, c)):
+    if wants_grad(r, w, k, v, a, b, s0, c):
         return _Wkv7.apply(r, w, k, v, a, b, s0, c, every or 0, True)
     return tuple(_wkv7(r, w, k, v, a, b, s0, c, every or 0, False))
 
