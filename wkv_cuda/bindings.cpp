@@ -8,15 +8,18 @@
 #include <vector>
 #include "kernels.h"
 
-void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, grain, f);
-}
-
 namespace {
 
+#ifdef DEVICE                                            // the .cu kernels, a library of its own for tensors on this device
+#define LIBRARY nanodir_cuda
+constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = {{"wkv7", wkv7}, {"biwkv", biwkv}};
+#else
+#define LIBRARY nanodir_kernel
+#define DEVICE CPU
 constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = {
     {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix}, {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
     {"wkv7_mix", wkv7_mix}, {"squared_relu", squared_relu}};
+#endif
 
 // An empty tensor stands for None.
 void run(std::string name, std::vector<int64_t> numbers, double eps, std::vector<torch::stable::Tensor> tensors) {
@@ -32,5 +35,9 @@ void run(std::string name, std::vector<int64_t> numbers, double eps, std::vector
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nanodir_kernel, m) { m.def("run(str name, int[] numbers, float eps, Tensor(a!)[] tensors) -> ()"); }
-STABLE_TORCH_LIBRARY_IMPL(nanodir_kernel, CPU, m) { m.impl("run", TORCH_BOX(&run)); }
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, m) { m.def("run(str name, int[] numbers, float eps, Tensor(a!)[] tensors) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, DEVICE, m) { m.impl("run", TORCH_BOX(&run)); }

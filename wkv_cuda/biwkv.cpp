@@ -8,18 +8,6 @@
 
 namespace {
 
-// w, u: (B,C), the rest (B,T,C). scale and inv hold e^scale * inv = 1 / denominator, which backward needs.
-struct BiWkv {
-  int64_t B, T, C, back;
-  const float *w, *u, *k, *v;
-  float *y, *scale, *inv;
-  const float *dy;                                       // from here on backward only
-  float *dw, *du, *dk, *dv;
-};
-
-constexpr float LOWEST = -1e30f;    // reference of an empty sum: finite, so that no difference of two references is inf - inf
-constexpr float SLACK = 16;
-
 V load(const float* p, int64_t n) {                      // the first n lanes; C need not be a multiple of 16
   if (n >= W) return ::load(p);
   V x = {};

@@ -2,10 +2,8 @@
 // them plain pointers to contiguous float32 buffers, all allocated by the caller. Only block.cpp takes bfloat16 ones, too.
 #pragma once
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <functional>
-#include <vector>
+#include "call.h"
 
 // Calls f(lo, hi) on torch's threads for pieces of 0..n of at least `grain`.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
@@ -46,24 +44,6 @@ inline V sum16(V* x) {
   return SHUFFLE(x[0], x[8], 0,1,2,3,4,5,6,7,16,17,18,19,20,21,22,23) + SHUFFLE(x[0], x[8], 8,9,10,11,12,13,14,15,24,25,26,27,28,29,30,31);
 }
 
-// A kernel takes numbers and buffers in the order in which __init__.py's modules give them to `call`; a buffer that it need neither
-// read nor write is null. Its struct names them: members of eight bytes, numbers before buffers.
-struct Call {
-  const int64_t* numbers;
-  double eps;
-  std::vector<float*> buffers;
-  std::vector<bool> half;                  // which buffers hold bfloat16
-
-  template <class P>
-  P as(int64_t count) const {              // the first `count` members of P are numbers
-    P p;
-    std::memcpy(static_cast<void*>(&p), numbers, 8 * count);
-    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers.data(), sizeof p - 8 * count);
-    return p;
-  }
-};
-void wkv7(const Call&);
-void biwkv(const Call&);
 void shift_mix(const Call&);
 void wkv7_inputs(const Call&);
 void wkv7_output(const Call&);

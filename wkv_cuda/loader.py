@@ -4,7 +4,9 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 
 BACK_ENDS = ("auto", "cuda", "cpp", "torch", "loop")
+KERNELS = {"cpu": "cpp", "cuda": "cuda"}   # device -> the compiled back end that runs there
 
 
 def backend(device, kind=torch.float32):
@@ -25,8 +28,11 @@ def backend(device, kind=torch.float32):
         return asked
     if kind == torch.float64:              # the kernels are float32; float64 is for checking
         return "torch"
-    name = asked if asked != "auto" else "cpp" if device == "cpu" else "cuda"
-    reason = build(name)
+    own = KERNELS.get(device)
+    name = own if asked == "auto" else asked
+    reason = build(name) if name else f"there is no kernel for {device}"
+    if not reason and name != own:
+        reason = f"that kernel does not run on {device}"
     if not reason:
         return name
     if asked != "auto":
@@ -48,43 +54,90 @@ def say(line):
 
 @functools.cache
 def build(name):
-    """Compile (first use on this machine) and load the kernel -> "" or the reason why it cannot be had, with the repair."""
-    if name == "cuda":
-        return "there is no CUDA kernel in this version"
-    sources, flags = sorted(Path(__file__).parent.glob("*.cpp"), reverse=True), ["-O3", "-march=native", "-fno-math-errno", TARGET]
-    if platform.machine() in ("arm64", "aarch64"):
-        flags[1] = "-mcpu=native"
-    from torch.utils.cpp_extension import get_cxx_compiler, load
+    """Compile (first use on this machine) and load the kernels "cpp" or "cuda" -> "" or the reason why they cannot be had, with the repair."""
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES)" if torch.version.cuda else "this torch is built without CUDA"
+    from torch.utils.cpp_extension import get_cxx_compiler
     compiler = get_cxx_compiler()
     if not shutil.which(compiler):
         return f"the C++ compiler {compiler!r} is not installed (Debian, Ubuntu: apt install g++)"
     with contextlib.suppress(ImportError):  # ninja's wheel may be installed, yet not on PATH
         import ninja
         os.environ["PATH"] = os.environ["PATH"] + os.pathsep + ninja.BIN_DIR
-    texts = [f.read_text() for f in sorted(Path(__file__).parent.glob("*.[ch]*"))]
-    key = "\0".join([*texts, *flags, torch.__version__, compiler, cpu()])
-    folder = build_root() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    library = folder / "nanodir_cpu.so"
+    if not shutil.which("ninja"):
+        return "ninja is not installed (pip install ninja)"
+    here, flags = Path(__file__).parent, ["-O3", TARGET]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "flock", "w") as f, locked(f):         # other processes wait here; the lock dies with its owner
-            if not (folder / "done").exists():
-                (folder / "lock").unlink(missing_ok=True)          # torch's own lock file, left by a killed build
-                started = time.time()
-                load("nanodir_cpu", [str(f) for f in sources], extra_cflags=flags, build_directory=str(folder), is_python_module=False)
-                (folder / "done").touch()
-                say(f"wkv: built the C++ kernels in {time.time() - started:.1f} s ({folder})")
-                return ""
-        torch.ops.load_library(str(library))
+        if name == "cuda":
+            compiled("nanodir_cuda", [*here.glob("*.cu"), here / "bindings.cpp"], [*flags, "-DDEVICE=CUDA"], ["-O3", *gpu_flags()])
+        else:
+            native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+            compiled("nanodir_cpp", here.glob("*.cpp"), [*flags, native, "-fno-math-errno"])
         return ""
     except Exception as e:                 # whatever a compiler, a disk or a loader can do: the caller decides
         tail = [line for line in str(e).splitlines() if line.strip()][-3:]
-        return f"the C++ kernels did not build: {' | '.join(tail)[-600:]}"
+        return f"the {TITLES[name]} kernels did not build: {' | '.join(tail)[-600:]}"
+
+
+TITLES = {"cpp": "C++", "cuda": "CUDA"}
+
+
+def compiled(name, sources, flags, nvcc_flags=(), **options):
+    """Compile the sources (Paths) into a library, unless that has been done before, and load it -> its path. Raises what the compiler does."""
+    from torch.utils.cpp_extension import get_cxx_compiler, load
+    sources = sorted(sources, reverse=True)
+    texts = [f.read_text() for folder in sorted({f.parent for f in sources}) for f in sorted(folder.glob("*.[ch]*"))]
+    key = "\0".join([*texts, *flags, *nvcc_flags, torch.__version__, str(torch.version.cuda), get_cxx_compiler(), cpu()])
+    folder = build_root() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "flock", "w") as f, locked(f):         # other processes wait here; the lock dies with its owner
+        if not (folder / "done").exists():
+            (folder / "lock").unlink(missing_ok=True)          # torch's own lock file, left by a killed build
+            started = time.time()
+            load(name, [str(f) for f in sources], extra_cflags=flags, extra_cuda_cflags=list(nvcc_flags), build_directory=str(folder),
+                 is_python_module=False, **options)
+            (folder / "done").touch()
+            say(f"wkv: built the {TITLES.get(name[8:], name)} kernels in {time.time() - started:.1f} s ({folder})")
+    torch.ops.load_library(str(folder / f"{name}.so"))
+    return folder / f"{name}.so"
+
+
+def gpu_flags():
+    """What nvcc must be told to compile for the GPU at hand and, as PTX, for later ones; for one that nvcc does not know, PTX of the latest
+    architecture that it does. ValueError: no toolkit, or one of another CUDA than torch's."""
+    from torch.utils.cpp_extension import CUDA_HOME
+    wanted = torch.version.cuda
+    if not CUDA_HOME:
+        raise ValueError(f"there is no CUDA toolkit: install that of CUDA {wanted}, or set CUDA_HOME to its folder")
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc.exists():
+        raise ValueError(f"there is no {nvcc}: set CUDA_HOME to the folder of a toolkit of CUDA {wanted}")
+    ask = lambda option: subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", ask("--version"))
+    if release[1] != wanted.split(".")[0]:
+        raise ValueError(f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of {wanted}: set CUDA_HOME to the folder of a toolkit of CUDA {wanted}")
+    major, minor = torch.cuda.get_device_capability()
+    gpu = 10 * major + minor
+    known = max(n for n in map(int, re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))) if n <= gpu)
+    kinds = [f"compute_{known}"] + [f"sm_{gpu}"] * (known == gpu)
+    return [token for kind in kinds for token in ("-gencode", f"arch=compute_{known},code={kind}")]
 
 
 def call(kernel, numbers, tensors, eps=0.0):
     """Run a kernel on contiguous tensors of its own choosing, among them the buffers that it fills; None: it needs no such."""
-    torch.ops.nanodir_kernel.run(kernel, numbers, eps, [NONE if x is None else x for x in tensors])
+    device = next(x.device for x in tensors if x is not None)
+    tensors = [NONE if x is None else x for x in tensors]
+    if KERNELS[device.type] == "cpp":
+        return torch.ops.nanodir_kernel.run(kernel, numbers, eps, tensors)
+    with stream_of(device) as stream:
+        torch.ops.nanodir_cuda.run(kernel, (*numbers, stream), eps, tensors)
+
+
+@contextlib.contextmanager
+def stream_of(device):
+    """Makes a GPU the current one -> its current stream as a number."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 NONE = torch.empty(0)

@@ -8,17 +8,6 @@
 #pragma once
 #include "kernels.h"
 
-struct Wkv7 {
-  int64_t B, T, H, N, every, back;
-  const float *r, *w, *k, *v, *a, *b, *s0, *c;
-  float *y, *s, *mid, *sa;                               // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
-  const float *dy, *ds;                                  // from here on backward only
-  float *dr, *dw, *dk, *dv, *da, *db, *ds0, *dc;
-  int64_t states() const { return every ? T / every + 1 : 1; }
-};
-
-constexpr int CHUNK = 16;   // tokens between two saved states; backward recomputes the states in between
-
 // Some rows of one head's state, 64 at most, walking along the tokens: lanes run over value channels i, the inner loop over key
 // channels j, so there are no horizontal sums.
 template <int N>

@@ -32,9 +32,11 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
     if every is not None and every < 1:
         raise ValueError(f"wkv7: every={every} is not allowed: give a number of tokens >= 1, or None")
     kind = torch.float64 if r.dtype == torch.float64 else torch.float32
-    args = [x if x is None else x.to(kind) for x in (r, w, k, v, a, b, s0, c)]
+    impl = backend(r.device.type, kind)
+    half = impl == "cuda"                                            # that kernel reads bfloat16 as it is, but for the state
+    args = [x if x is None or half and x.dtype == torch.bfloat16 and x is not s0 else x.to(kind) for x in (r, w, k, v, a, b, s0, c)]
     with torch.autocast(r.device.type, enabled=False):               # the recurrence stays in float32
-        y, s = IMPLS[backend(r.device.type, kind)](*args, every)
+        y, s = IMPLS[impl](*args, every)
     return y.to(r.dtype), s
 
 
@@ -105,8 +107,8 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
 def _wkv7_buffers(r, w, k, v, a, b, s0, c, every, save):
     B, T, H, N = r.shape
     states = (B, T // every + 1, H, N, N) if every else (B, H, N, N)
-    return [torch.empty_like(r, memory_format=torch.contiguous_format), r.new_empty(states)] + (
-        [r.new_empty(B, H, -(-T // CHUNK), N, N), r.new_empty(r.shape)] if save else [])
+    single = lambda *shape: r.new_empty(shape, dtype=torch.float32)
+    return [r.new_empty(r.shape), single(*states)] + ([single(B, H, -(-T // CHUNK), N, N), single(*r.shape)] if save else [])
 
 
 @operator(_wkv7_buffers)
@@ -121,7 +123,7 @@ def _wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: 
 
 def _wkv7_grads(r, w, k, v, a, b, mid, sa, every, dy, ds, has_s0, has_c):
     B, T, H, N = r.shape
-    return ([r.new_empty(r.shape) for _ in range(6)] + [r.new_empty(B, H, N, N)] * has_s0 + [r.new_empty(r.shape)] * has_c)
+    return [x.new_empty(x.shape) for x in (r, w, k, v, a, b)] + [mid.new_empty(B, H, N, N)] * has_s0 + [sa.new_empty(sa.shape)] * has_c
 
 
 @operator(_wkv7_grads)
