@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
+import model
 import test_biwkv
 import test_wkv7
+import wkv_cuda
 from conftest import ROOT
 from wkv_cuda import biwkv, biwkv_loop, loader, wkv7, wkv7_loop
 
@@ -53,3 +56,228 @@ def test_wkv7_against_the_loop_in_float64(B, T, H, N, every, some, cuda):
         x = {k: z for k, z in x.items() if k not in ("s0", "c")}
     found = both(x, every, lib=cuda, order=T % 3)
     test_wkv7.close(found, test_wkv7.outputs_and_gradients(wkv7_loop, x, every, torch.float64), 1e-5)
+
+
+def barriers():
+    lines = (KERNELS / "wkv7.cu").read_text().splitlines()
+    return [i for i, line in enumerate(lines, 1) if "__syncthreads" in line]
+
+
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+def test_no_order_of_threads_changes_a_bit(N, cuda):
+    """Forwards, backwards, at random: threads of a kernel without races cannot tell."""
+    x = test_wkv7.inputs(1, 35, 2, N)
+    first = both(x, 5, lib=cuda)
+    for order in (1, 2, 3):
+        again = both(x, 5, lib=cuda, order=order)
+        assert all(torch.equal(again[name], z) for name, z in first.items()), order
+
+
+@pytest.mark.parametrize("line", barriers())
+def test_a_missing_barrier_is_caught(line, cuda):
+    """Each __syncthreads of the kernels in turn does nothing: some order gives something else."""
+    x = test_wkv7.inputs(1, 35, 1, 64)
+    right = both(x, None, lib=cuda)
+    cuda.emulator_skip(line)
+    broken = [both(x, None, lib=cuda, order=order) for order in range(4)]
+    assert any(not torch.equal(z[name], right[name]) for z in broken for name in right)
+
+
+def test_the_emulator_refuses_what_hangs_a_gpu(emulator, tmp_path):
+    """Divergent barriers and shuffles, and writes past shared memory, each in a kernel of its own."""
+    words = {"if (threadIdx.x) __syncthreads();": "left before a barrier", "if (threadIdx.x) __shfl_sync(~0u, 1.f, 0);": "not all lanes",
+             "shared_memory()[threadIdx.x] = 0;": "past shared memory"}
+    cases = "".join(f"__global__ void kernel{i}(int) {{ {code} }}\n" for i, code in enumerate(words))
+    tries = "".join(f"  try {{ launch(kernel{i}, 1, 64, 128, nullptr, 1); puts(\"\"); }} catch (std::exception& e) {{ puts(e.what()); }}\n"
+                    for i in range(len(words)))
+    (tmp_path / "bad.cpp").write_text(f"#include <cstdio>\n#include \"cuda_on_cpu.h\"\n{cases}int main() {{\n{tries}}}\n")
+    subprocess.run(["g++", "-std=c++17", "-I", str(Path(ROOT, "tests")), tmp_path / "bad.cpp", "-o", tmp_path / "bad"], check=True)
+    said = subprocess.run([tmp_path / "bad"], capture_output=True, text=True).stdout.splitlines()
+    assert len(said) == len(words) and all(word in line for word, line in zip(words.values(), said)), said
+
+
+@pytest.mark.parametrize("strongest", [0.0, 60.0, 1000.0])
+def test_any_decay(strongest, cuda):
+    x = test_wkv7.inputs(1, 40, 2, 16, strongest)
+    x["w"][:, 7] = 0.0
+    test_wkv7.close(both(x, None, lib=cuda), test_wkv7.outputs_and_gradients(wkv7_loop, x, None, torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("which", ["rwkvabc", "rv", "wkab"])
+def test_bfloat16(which, cuda):
+    """Any of the inputs may be bfloat16; what comes back of it is, too, and is off by no more than its rounding."""
+    x = {k: z.bfloat16().double() if k in which else z for k, z in test_wkv7.inputs(1, 37, 1, 32).items()}
+    leaves = {k: z.to(torch.bfloat16 if k in which else torch.float32).requires_grad_() for k, z in x.items()}
+    y, s = wkv7(**leaves)
+    g = torch.Generator().manual_seed(3)
+    dy, ds = (torch.randn(z.shape, generator=g).to(z.dtype) for z in (y, s))
+    torch.autograd.backward([y, s], [dy, ds])
+    twins = {k: z.clone().requires_grad_() for k, z in x.items()}
+    torch.autograd.backward(wkv7_loop(**twins), [dy.double(), ds.double()])
+    assert y.dtype == leaves["r"].dtype and s.dtype == torch.float32
+    for name, z in leaves.items():
+        assert z.grad.dtype == z.dtype
+        error = (z.grad.double() - twins[name].grad).norm() / twins[name].grad.norm()
+        assert error <= (3e-3 if name in which else 1e-5), f"d{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("T,C", [(1, 16), (7, 24), (33, 48), (64, 40)])
+def test_biwkv_against_the_loop_in_float64(per_sample, T, C, cuda):
+    x = test_biwkv.inputs(2, T, C, per_sample)
+    test_biwkv.close(test_biwkv.output_and_gradients(biwkv, x, torch.float32), test_biwkv.output_and_gradients(biwkv_loop, x, torch.float64))
+
+
+@pytest.mark.parametrize("keys,decay", [(2.0, 0.0), (50.0, 1e-3), (300.0, 30.0)])
+def test_biwkv_any_key_and_any_decay(keys, decay, cuda):
+    x = test_biwkv.inputs(2, 40, 16, True, keys, decay)
+    test_biwkv.close(test_biwkv.output_and_gradients(biwkv, x, torch.float32), test_biwkv.output_and_gradients(biwkv_loop, x, torch.float64))
+
+
+def test_biwkv_long_sequences_of_large_keys(cuda):
+    x = test_biwkv.inputs(1, 4096, 16, False, 50.0, 1e-3)
+    wanted = test_biwkv.output_and_gradients(lambda **x: test_biwkv.biwkv_torch(**x), x, torch.float64)
+    test_biwkv.close(test_biwkv.output_and_gradients(biwkv, x, torch.float32), wanted)
+
+
+def test_biwkv_padding_and_nan(cuda):
+    x = test_biwkv.inputs(3, 19, 16)
+    x["k"][0, :6], x["k"][1, 4:15], x["k"][2] = -torch.inf, -torch.inf, -torch.inf
+    found = test_biwkv.output_and_gradients(biwkv, x, torch.float32)
+    test_biwkv.close(found, test_biwkv.output_and_gradients(biwkv_loop, x, torch.float64))
+    assert not found["dk"][x["k"] == -torch.inf].any()
+    for name in "wukv":
+        x = {k: z.float() for k, z in test_biwkv.inputs(1, 9, 16).items()}
+        x[name][..., 3] = torch.nan
+        bad = biwkv(**x).isnan()
+        assert bad[..., 3].all() and bad.sum() == 9, name
+
+
+def test_empty_sequences(cuda):
+    y, s = wkv7(*[torch.ones(2, 0, 1, 16)] * 6, s0=torch.full((2, 1, 16, 16), 3.0))
+    assert y.shape == (2, 0, 1, 16) and (s == 3).all()
+    assert wkv7(*[torch.ones(0, 5, 1, 16)] * 6)[0].shape == (0, 5, 1, 16)
+    assert biwkv(torch.ones(16), torch.ones(16), torch.ones(2, 0, 16), torch.ones(2, 0, 16)).shape == (2, 0, 16)
+
+
+def test_operator_registration(cuda):
+    """With bfloat16 among the inputs, which the other kernels never see."""
+    x = [(z.bfloat16() if i in (0, 3) else z.float()).requires_grad_() for i, z in enumerate(test_wkv7.inputs(1, 18, 2, 16).values())]
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.nanodir.wkv7, (*x, 6, True), test_utils=utils)
+    y, _, mid, sa = torch.ops.nanodir.wkv7(*x, 6, True)
+    torch.library.opcheck(torch.ops.nanodir.wkv7_backward, (*(z.detach() for z in x[:6]), mid, sa, 6, y, None, True, True), test_utils=utils)
+
+
+@pytest.mark.parametrize("source", ["wkv7.cu", "biwkv.cu"])
+def test_nvcc_compiles_the_kernels(source, tmp_path):
+    """For A100 and H100; registers that spill would make the tiles pointless."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc: the kernels are only emulated")
+    kinds = [token for n in (80, 90) for token in ("-gencode", f"arch=compute_{n},code=sm_{n}")]
+    done = subprocess.run(["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", *kinds, "-fatbin", KERNELS / source,
+                           "-o", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-2000:]
+    assert max(map(int, re.findall(r"(\d+) bytes spill loads", done.stderr))) <= 512
+
+
+TOOLS = dict(home="/opt/cuda", version="13.0", gpu=(9, 0), nvcc="release 13.0, V13.0.88", archs="compute_80\ncompute_90\ncompute_120")
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(home=None), ["no CUDA toolkit", "13.0", "CUDA_HOME"]), (dict(nvcc=None), ["/bin/nvcc", "CUDA_HOME"]),
+    (dict(nvcc="release 12.8, V12.8.1"), ["12.8", "13.0", "CUDA_HOME"]), (dict(version=None), ["built without CUDA"]),
+    (dict(gpu=None), ["sees no GPU", "nvidia-smi"]), (dict(ninja=None), ["ninja", "pip install ninja"])])
+def test_what_is_missing_is_named_with_its_repair(change, words, tmp_path, monkeypatch):
+    flags_for(TOOLS | change, tmp_path, monkeypatch)
+    monkeypatch.setattr(loader, "build", loader.build.__wrapped__)
+    if "ninja" in change:
+        monkeypatch.setattr(loader.shutil, "which", lambda name, which=shutil.which: None if name == "ninja" else which(name))
+    reason = loader.build("cuda")
+    assert all(word in reason for word in words) and "\n" not in reason, reason
+    monkeypatch.setenv("WKV_IMPL", "cuda")
+    with pytest.raises(ValueError, match="WKV_IMPL=torch"):
+        loader.backend("cuda")
+
+
+@pytest.mark.parametrize("gpu,flags", [((9, 0), ["compute_90", "sm_90"]), ((8, 6), ["compute_80"]), ((15, 0), ["compute_120"])])
+def test_only_the_gpu_at_hand_is_built_for(gpu, flags, tmp_path, monkeypatch):
+    """Flags are separate tokens; for a GPU that nvcc does not know there is PTX."""
+    arch = flags[0]
+    assert flags_for(TOOLS | dict(gpu=gpu), tmp_path, monkeypatch)() == [
+        token for kind in flags for token in ("-gencode", f"arch={arch},code={kind}")]
+
+
+def flags_for(tools, folder, monkeypatch):
+    """loader.gpu_flags on a machine with these tools; nvcc is a script that answers."""
+    from torch.utils import cpp_extension
+    home = tools["home"] and folder / "cuda"
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home and str(home))
+    monkeypatch.setattr(torch.version, "cuda", tools["version"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(tools["version"] and tools["gpu"]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: tools["gpu"])
+    if tools["nvcc"]:
+        (folder / "cuda/bin").mkdir(parents=True)
+        nvcc = folder / "cuda/bin/nvcc"
+        nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'Cuda compilation tools, {tools['nvcc']}' || echo '{tools['archs']}'\n")
+        nvcc.chmod(0o755)
+    return loader.gpu_flags
+
+
+@pytest.mark.parametrize("asked,device,words", [("cuda", "cpu", "WKV_IMPL=cuda"), ("cpp", "cuda", "does not run on cuda")])
+def test_a_kernel_is_not_forced_on_another_device(asked, device, words, monkeypatch):
+    monkeypatch.setenv("WKV_IMPL", asked)
+    if asked == "cpp" and loader.build("cpp"):
+        pytest.skip("no C++ compiler")
+    with pytest.raises(ValueError, match=words):
+        loader.backend(device)
+
+
+# ---- what training wraps around the operators ----
+
+def tiny(**changes):
+    return model.Denoiser(model.ModelConfig(**dict(n_layer=2, n_embd=32, head_size=16, vocab_size=11) | changes))
+
+
+@pytest.mark.parametrize("changes", [dict(dw_jrt=True), dict(mixer="biwkv"), dict(direction="bidirectional")])
+def test_a_network_trains_on_the_gpu_kernels(changes, cuda, monkeypatch):
+    """Loss and gradients equal those of plain torch; the fused CPU parts of a block are not used."""
+    monkeypatch.setattr(wkv_cuda.block, "call", None)
+    net, x = tiny(**changes), torch.randint(11, (2, 21))
+    found = {}
+    for impl in ("cuda", "torch"):
+        monkeypatch.setenv("WKV_IMPL", impl)
+        net.zero_grad()
+        net(x).logits.square().mean().backward()
+        found[impl] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    assert found["cuda"].keys() == found["torch"].keys() and len(found["cuda"]) > 20
+    for name, z in found["torch"].items():
+        assert torch.allclose(found["cuda"][name], z, rtol=1e-3, atol=1e-6), name
+
+
+def test_autocast_and_checkpointing(cuda):
+    """In bfloat16, and with activations computed again in the backward pass: the same gradients, to the bit."""
+    net, x = tiny(dw_jrt=True), torch.randint(11, (2, 21))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x).logits.float().square().mean().backward()
+    once = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.utils.checkpoint.checkpoint(lambda x: net(x).logits, x, use_reentrant=False)
+        logits.float().square().mean().backward()
+    assert all(torch.equal(p.grad, once[name]) for name, p in net.named_parameters() if p.grad is not None)
+    assert all(z.isfinite().all() for z in once.values()) and any(z.any() for z in once.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_sees_through(dtype, cuda):
+    torch._dynamo.reset()
+    x = {k: z.to(dtype) for k, z in test_wkv7.inputs(1, 18, 2, 16).items()}
+    compiled = torch.compile(lambda **kw: wkv7(**kw)[0] * 2, fullgraph=True, backend="aot_eager")
+    found = {}
+    for name, f in (("compiled", compiled), ("plain", lambda **kw: wkv7(**kw)[0] * 2)):
+        leaves = {k: z.clone().requires_grad_() for k, z in x.items()}
+        y = f(**leaves)
+        y.float().sum().backward()
+        found[name] = [y, *(z.grad for z in leaves.values())]
+    assert all(torch.equal(a, b) for a, b in zip(*found.values()))
