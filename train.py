@@ -83,6 +83,7 @@ mem_check = False           # at the end, mask everything after prompt_len of on
 device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 threads = 0                 # CPU threads; 0 = torch's choice
+compile = False             # the network through torch.compile, worth its minute on a GPU; where it does not work the run goes on without
 
 
 def muon_rows(model):
@@ -267,6 +268,19 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device))
 
 
+def try_compile(model, device, rows, tell):
+    """Compile the network and try it on a batch of that shape; where torch.compile does not work, say so and leave the network as it was."""
+    model.compile()
+    try:
+        with autocast(device):
+            model(torch.zeros(rows, seq_len, dtype=torch.long, device=device)).logits.sum().backward()
+    except Exception as e:                 # whatever a compiler, a driver or a version can do
+        model._compiled_call_impl = None
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        tell(f"compile=1 does not work here, going on without: {type(e).__name__}: {lines[0] if lines else ''}")
+    model.zero_grad(set_to_none=True)
+
+
 class Learner(torch.nn.Module):
     """The network and its loss as one module: one forward of DistributedDataParallel, however often the loss calls the network."""
 
@@ -390,6 +404,8 @@ def main(cfg):
     start = saved["step"] if train and init_from == "resume" else 0
     active = thaw(model, start)
     parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian) if world > 1 else learner
+    if compile:
+        try_compile(model, dev, micro, tell)
     trained = parallel()
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]

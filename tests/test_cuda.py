@@ -14,7 +14,7 @@ import model
 import test_biwkv
 import test_wkv7
 import wkv_cuda
-from conftest import ROOT
+from conftest import ROOT, ok
 from wkv_cuda import biwkv, biwkv_loop, loader, wkv7, wkv7_loop
 
 KERNELS = Path(ROOT, "wkv_cuda")
@@ -281,3 +281,21 @@ def test_compile_sees_through(dtype, cuda):
         y.float().sum().backward()
         found[name] = [y, *(z.grad for z in leaves.values())]
     assert all(torch.equal(a, b) for a, b in zip(*found.values()))
+
+
+def test_a_whole_network_compiles(cuda):
+    """In one graph, with its kernels in it."""
+    torch._dynamo.reset()
+    net, x, found = tiny(dw_jrt=True), torch.randint(11, (2, 21)), []
+    for call in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        call(x).logits.square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    assert all(torch.allclose(found[1][name], z, rtol=1e-3, atol=1e-6) for name, z in found[0].items())
+
+
+def test_compile_turns_itself_off(run):
+    """Where there is no compiler, training goes on without one, and says so once."""
+    done = run("train.py", STRUCT_TASK=1, N_LAYER=1, N_EMBD=32, HEAD_SIZE=16, MAX_ITERS=1, STRUCT_EVAL_N=2, WKV_IMPL="torch", THREADS=1, COMPILE=1,
+               CXX="no-such-compiler", DTYPE="fp32")
+    assert ok(done) and sum("compile=1 does not work here" in line for line in done.stdout.splitlines()) == 1

@@ -115,7 +115,7 @@ def gpu_flags():
     ask = lambda option: subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", ask("--version"))
     if release[1] != wanted.split(".")[0]:
-        raise ValueError(f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of {wanted}: set CUDA_HOME to the folder of a toolkit of CUDA {wanted}")
+        raise ValueError(f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of {wanted}: set CUDA_HOME to the folder of a toolkit of that CUDA")
     major, minor = torch.cuda.get_device_capability()
     gpu = 10 * major + minor
     known = max(n for n in map(int, re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))) if n <= gpu)
