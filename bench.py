@@ -10,6 +10,7 @@
     python bench.py --suite=generate    what a generated block costs after 512 to 65,536 tokens of context
     python bench.py --suite=gaussian    Gaussian diffusion, one part of the recipe changed at a time, beside masked diffusion
     python bench.py --suite=direction   milliseconds of one denoising step of the same
+    python bench.py --suite=gpu         on a GPU: kernels against the float64 twins, their speed beside the GPU's own limits, training, generation
 """
 import dataclasses
 import json
@@ -463,8 +464,181 @@ def suite_generate():
     return {"rows": found, "ratio": last / first}
 
 
+def recurrence_inputs(B, T, H, N, dtype, device):
+    """r, w, k, v, a, b as a network gives them to wkv7."""
+    g = torch.Generator(device).manual_seed(0)
+    normal = lambda: torch.randn(B, T, H, N, generator=g, device=device)
+    uniform = lambda: torch.rand(B, T, H, N, generator=g, device=device)
+    kk = torch.nn.functional.normalize(normal(), dim=-1)
+    return [x.to(dtype).requires_grad_() for x in (normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform())]
+
+
+def gpu_parity(device):
+    """Relative errors of the kernels against the definitions in float64 on the same, perhaps rounded, inputs; every output, every gradient."""
+    def errors(f, twin, x):
+        found, wanted = [], []
+        for op, leaves, to in ((f, x, found), (twin, [z.detach().double().requires_grad_() for z in x], wanted)):
+            y = op(*leaves)
+            y = y[0] if isinstance(y, tuple) else y
+            dy = torch.randn(y.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(x[0].dtype).to(y.dtype)
+            to += [y, *torch.autograd.grad(y, leaves, dy)]
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+    rows, T = {}, 50 if quick else 200
+    for dtype in (torch.float32, torch.bfloat16):
+        for N in wkv_cuda.HEAD_SIZES:
+            x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
+            rows[f"wkv7 N={N} {str(dtype)[6:]}"] = dict(zip(("y", *(f"d{z}" for z in "rwkvab")), errors(wkv_cuda.wkv7, wkv_cuda.wkv7_loop, x)))
+    k, v = (torch.randn(2, T, 48, device=device) for _ in range(2))
+    x = [z.requires_grad_() for z in (torch.rand(2, 48, device=device), torch.randn(2, 48, device=device), k, v)]
+    rows["biwkv float32"] = dict(zip(("y", "dw", "du", "dk", "dv"), errors(wkv_cuda.biwkv, wkv_cuda.biwkv_loop, x)))
+    table("relative error against float64, allowed 1e-5 (float32) and 2e-2 (bfloat16)", ["kernel", "largest", "of"],
+          [[name, f"{max(row.values()):.1e}", max(row, key=row.get)] for name, row in rows.items()])
+    if bad := [name for name, row in rows.items() if not max(row.values()) <= (2e-2 if "bfloat16" in name else 1e-5)]:
+        raise ValueError(f"the kernels are wrong on this GPU, so that nothing else is measured: {', '.join(bad)}; WKV_IMPL=torch does without them")
+    return rows
+
+
+def gpu_ms(f, device):
+    """Median milliseconds of f(), which is called once before."""
+    times = []
+    for i in range(3 if quick else 12):
+        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        begin.record()
+        f()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def gpu_limits(device):
+    """What the GPU itself does: bytes/s of a copy, FLOP/s of a matrix product in bfloat16."""
+    size = 2**20 if quick else 2**30
+    x, y = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    n = 512 if quick else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    found = {"bytes_per_s": 2 * size / gpu_ms(lambda: y.copy_(x), device) * 1e3, "flops": 2 * n**3 / gpu_ms(lambda: a @ a, device) * 1e3}
+    print(f"\n  this GPU copies {found['bytes_per_s'] / 1e9:.0f} GB/s and multiplies {found['flops'] / 1e12:.1f} TFLOP/s in bfloat16", flush=True)
+    return found
+
+
+def gpu_recurrence(limits, device):
+    """wkv7 at (B,T,H,N) = (8,T,32,64) in bfloat16: forward for inference, forward and backward for training; beside fla where it is
+    installed. Bytes are those that must move at least (inputs, output, gradients, and what forward keeps for backward), FLOPs 9 N a
+    channel forward and 19 N backward, without what is computed again."""
+    B, H, N = (1, 2, 64) if quick else (8, 32, 64)
+    impls = {wkv_cuda.backend(device): lambda *x: wkv_cuda.wkv7(*x)[0]}
+    try:                                   # the function that fla's chunk_rwkv7 calls; its own arguments differ between versions
+        from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
+        impls["fla"] = lambda r, w, k, v, a, b: chunk_dplr_delta_rule(q=r, k=k, v=v, a=a, b=b, gk=w, scale=1.0, output_final_state=False)[0]
+    except ImportError as e:
+        print(f"  fla's chunk_rwkv7 is not measured: {e} (pip install flash-linear-attention)")
+    rows, found = [], {}
+    for T in (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384):
+        x = recurrence_inputs(B, T, H, N, torch.bfloat16, device)
+        dy, size = torch.randn_like(x[0]), x[0].numel()
+        kept = size * (4 + 4 * N / 16)
+        work = {"forward": (14 * size, 9 * N * size), "forward+backward": (14 * size + 2 * kept + 26 * size, 28 * N * size)}
+        for name, f in impls.items():
+            def forward():
+                with torch.no_grad():
+                    f(*x)
+            for what, job in (("forward", forward), ("forward+backward", lambda: torch.autograd.grad(f(*x), x, dy))):
+                ms = gpu_ms(job, device)
+                bytes_per_s, flops = (z / ms * 1e3 for z in work[what])
+                found[f"{name}, {what}, T={T}"] = dict(ms=ms, bytes_per_s=bytes_per_s, flops=flops)
+                rows.append([f"{name}, {what}", T, f"{ms:.3f}", f"{bytes_per_s / 1e9:.0f}", f"{bytes_per_s / limits['bytes_per_s']:.1%}",
+                             f"{flops / 1e12:.2f}", f"{flops / limits['flops']:.1%}"])
+    table(f"wkv7 at (B,T,H,N) = ({B},T,{H},{N}), bfloat16",
+          ["back end", "T", "ms", "GB/s", "of a copy", "TFLOP/s", "of a matrix product"], rows)
+    return found
+
+
+def gpu_training(limits, device):
+    """A training step (masked tokens, AdamW, bfloat16 products, torch.compile) of networks of about 124 M and 1.5 B parameters on rows of
+    1024 tokens: one causal scan, two-way, and the attention twin. MFU is against the measured matrix product."""
+    V, T = 50304, 64 if quick else 1024
+    sizes = {"quick": (2, 64, 2)} if quick else {"124M": (12, 768, 16), "1.5B": (24, 2048, 4)}
+    rows, found = [], {}
+    for size, (L, C, batch) in sizes.items():
+        base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=64 if not quick else 16, vocab_size=V, tie_embeddings=True, direction="causal")
+        with torch.device("meta"):
+            two_way = dataclasses.replace(base, direction="bidirectional")
+            ways = {"causal": base, "bidirectional": two_way, "attention twin": attention_twin(two_way)}
+        for name, cfg in ways.items():
+            with torch.device(device):
+                net = nets.Denoiser(cfg)
+            net.compile()
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+            x = torch.randint(V, (batch, T), device=device)
+            masked = torch.rand(batch, T, device=device) < 0.5
+            def step():
+                with torch.autocast(torch.device(device).type, torch.bfloat16):
+                    logits = net(diffusion.mask_tokens(x, masked, net.mask_id)).logits
+                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step()
+            torch.accelerator.reset_peak_memory_stats()
+            ms = gpu_ms(step, device)
+            mfu = 3 * flops_per_token(cfg, T) * batch * T / ms * 1e3 / limits["flops"]
+            count = sum(p.numel() for p in net.parameters())
+            found[f"{size} {name}"] = dict(parameters=count, ms=ms, tokens_per_s=batch * T / ms * 1e3, mfu=mfu,
+                                           memory_bytes=torch.accelerator.max_memory_allocated())
+            row = found[f"{size} {name}"]
+            rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{row['tokens_per_s']:.0f}",
+                         f"{row['memory_bytes'] / 2**30:.1f}", f"{mfu:.1%}"])
+            del net, optimizer, step
+            torch.accelerator.empty_cache()
+    table("a training step", ["network", "parameters", "batch", "ms", "tokens/s", "GiB", "MFU"], rows)
+    return found
+
+
+@torch.inference_mode()
+def gpu_generation(device):
+    """Tokens/s of blocks of 32 after 1024 tokens, 8 denoiser calls and a clean pass each, 124 M parameters, bfloat16 products."""
+    n, calls, context = 32, 8, 64 if quick else 1024
+    L, C, N, V = (2, 64, 16, 256) if quick else (12, 768, 64, 50304)
+    base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True, block_size=n, direction="block")
+    with torch.device("meta"):
+        twin = dataclasses.replace(attention_twin(base), direction="block")
+    rows, found = [], {}
+    for name, cfg in (("rwkv7, carried state", base), ("attention, cache", twin)):
+        with torch.device(device):
+            net = nets.Denoiser(cfg).eval()
+        for B in (1, 2 if quick else 32):
+            text, mask = torch.randint(V, (B, context), device=device), torch.full((B, n), V, device=device)
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                state = net(text, clean=True).state
+                def block():
+                    for _ in range(calls):
+                        net(mask, state=state)
+                    net(mask, state=state, clean=True)
+                ms = gpu_ms(block, device)
+            found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * n / ms * 1e3)
+            rows.append([name, B, f"{ms:.1f}", f"{B * n / ms * 1e3:.0f}"])
+    table("one block of 32 tokens", ["network", "batch", "ms", "tokens/s"], rows)
+    return found
+
+
+def suite_gpu():
+    """All that is measured on a GPU. ValueError without one."""
+    if not torch.cuda.is_available():
+        raise ValueError("suite=gpu measures a GPU, and torch sees none (nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build of torch)")
+    device, found = "cuda", {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    if reason := wkv_cuda.build("cuda"):
+        raise ValueError(f"nothing to measure: {reason}")
+    found["parity"] = gpu_parity(device)
+    found["limits"] = gpu_limits(device)
+    found["wkv7"] = gpu_recurrence(found["limits"], device)
+    found["training"] = gpu_training(found["limits"], device)
+    found["generation"] = gpu_generation(device)
+    return found
+
+
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
-          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate, "gaussian": suite_gaussian}
+          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate, "gaussian": suite_gaussian,
+          "gpu": suite_gpu}
 
 
 def write(name, result):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+import bench
 import model
 import test_biwkv
 import test_wkv7
@@ -286,7 +287,7 @@ def test_compile_sees_through(dtype, cuda):
 def test_a_whole_network_compiles(cuda):
     """In one graph, with its kernels in it."""
     torch._dynamo.reset()
-    net, x, found = tiny(dw_jrt=True), torch.randint(11, (2, 21)), []
+    net, x, found = tiny(n_layer=1), torch.randint(11, (2, 21)), []
     for call in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
         net.zero_grad()
         call(x).logits.square().mean().backward()
@@ -299,3 +300,21 @@ def test_compile_turns_itself_off(run):
     done = run("train.py", STRUCT_TASK=1, N_LAYER=1, N_EMBD=32, HEAD_SIZE=16, MAX_ITERS=1, STRUCT_EVAL_N=2, WKV_IMPL="torch", THREADS=1, COMPILE=1,
                CXX="no-such-compiler", DTYPE="fp32")
     assert ok(done) and sum("compile=1 does not work here" in line for line in done.stdout.splitlines()) == 1
+
+
+# ---- bench.py --suite=gpu ----
+
+def test_nothing_is_measured_of_kernels_that_are_wrong(cuda, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "quick", True)
+    monkeypatch.setattr(wkv_cuda, "HEAD_SIZES", (32, 64))
+    rows = bench.gpu_parity("cpu")
+    assert len(rows) == 5 and max(rows["wkv7 N=64 bfloat16"].values()) > 1e-4 > max(rows["wkv7 N=64 float32"].values()) > 0
+    cuda.emulator_skip(barriers()[0])
+    cuda.emulator_order(1)
+    with pytest.raises(ValueError, match="wrong on this GPU.*wkv7 N=64 float32"):
+        bench.gpu_parity("cpu")
+
+
+def test_the_suite_needs_a_gpu(run):
+    done = run("bench.py", "--suite=gpu", CUDA_VISIBLE_DEVICES="", QUICK=1)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "sees none" in done.stderr
