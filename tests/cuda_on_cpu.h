@@ -28,7 +28,7 @@ struct Fibre {
   State state;
   bool started;
   int turn;                                              // which of the two slots the next shuffle uses
-  uint32_t slot[2];
+  uint32_t slot[2][6];
 };
 
 inline Index thread, block;
@@ -48,16 +48,20 @@ inline void wait(State why) {
 
 inline void barrier(int line) { if (line != skipped) wait(AT_BARRIER); }
 
-template <class T>
-T exchange(T value, unsigned lane) {                     // the value that `lane` of the same warp gives
-  static_assert(sizeof(T) == 4);
-  const unsigned self = thread.x;
-  Fibre& f = fibres[self];
+// Gives `count` words to the other lanes of the warp -> from(lane), the words that one of them gives.
+inline auto exchange(const void* words, int count) {
+  Fibre& f = fibres[thread.x];
   const int turn = f.turn;
-  std::memcpy(&f.slot[turn], &value, 4);
+  std::memcpy(f.slot[turn], words, 4 * count);
   f.turn = 1 - turn;
   wait(AT_SHUFFLE);
-  std::memcpy(&value, &fibres[self / 32 * 32 + lane % 32].slot[turn], 4);
+  return [turn, warp = thread.x / 32 * 32](unsigned lane) { return fibres[warp + lane % 32].slot[turn]; };
+}
+
+template <class T>
+T shuffle(T value, unsigned lane) {
+  static_assert(sizeof(T) == 4);
+  std::memcpy(&value, exchange(&value, 1)(lane), 4);
   return value;
 }
 
@@ -121,10 +125,31 @@ inline void run_block(unsigned threads) {
 #define blockIdx emulator::block
 #define __syncthreads() emulator::barrier(__LINE__)
 
-template <class T> T __shfl_sync(unsigned, T value, int lane) { return emulator::exchange(value, lane); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::thread.x % 32 ^ mask); }
+template <class T> T __shfl_sync(unsigned, T value, int lane) { return emulator::shuffle(value, lane); }
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::shuffle(value, emulator::thread.x % 32 ^ mask); }
 inline float __uint_as_float(uint32_t x) { float z; std::memcpy(&z, &x, 4); return z; }
 inline uint32_t __float_as_uint(float x) { uint32_t z; std::memcpy(&z, &x, 4); return z; }
+
+inline uint32_t pack(float low, float high) {            // rounded to nearest, ties to even
+  const auto half = [](float x) { const uint32_t z = __float_as_uint(x); return x != x ? 0x7fff : (z + 0x7fff + (z >> 16 & 1)) >> 16; };
+  return half(low) | half(high) << 16;
+}
+
+// See gpu.h for what a lane holds.
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t words[6];
+  std::memcpy(words, a, 16);
+  std::memcpy(words + 4, b, 8);
+  const unsigned lane = emulator::thread.x % 32;
+  const auto from = emulator::exchange(words, 6);
+  const auto half = [&](int lane, int word, int k) { return __uint_as_float(k % 2 ? from(lane)[word] & 0xffff0000 : from(lane)[word] << 16); };
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+    for (int k = 0; k < 16; ++k)
+      d[e] += half(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k) * half(col * 4 + k % 8 / 2, 4 + k / 8, k);
+  }
+}
+
 inline float* shared_memory() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(emulator::memory.data()) + 127) & ~127ull); }
 
 template <class... P>

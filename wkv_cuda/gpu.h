@@ -13,6 +13,23 @@ __device__ inline float* shared_memory() {
   return reinterpret_cast<float*>(dynamic);
 }
 
+// Two floats as bfloat16 in one word, the first in its lower half.
+__device__ inline uint32_t pack(float low, float high) {
+  uint32_t z;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(high), "f"(low));
+  return z;
+}
+
+// d += a b for a warp: d (16 x 8) float32, a (16 x 16) and b (16 x 8) bfloat16. With g = lane / 4 and i = lane % 4 a lane holds of
+// d: rows g (d[0], d[1]) and g + 8 (d[2], d[3]), columns 2i and 2i + 1
+// a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns 2i and 2i + 1 (a[0], a[1]), the same + 8 (a[2], a[3])
+// b: column g, rows 2i and 2i + 1 (b[0]), the same + 8 (b[1])
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 inline void check(cudaError_t e) {
   if (e != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(e));
 }
@@ -28,14 +45,28 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, v
 
 constexpr unsigned ALL = 0xffffffff;                     // lanes that take part in a shuffle
 
-// Element i of a buffer of float32 or of bfloat16, to and fro (rounded to nearest, ties to even).
+// The buffers of Wkv7 in their order: bits of `half`, which says what is bfloat16.
+enum { R, W, K, V, A, B, S0, C, Y, S, MID, SA, DY, DS, DR, DW, DK, DV, DA, DB };
+
+// Where a head's tokens and states lie; a block of threads has one head.
+struct Head {
+  int64_t bh, bi, h, step, base, chunks;
+  __device__ explicit Head(const Wkv7& p)
+      : bh(blockIdx.x), bi(bh / p.H), h(bh % p.H), step(p.H * p.N), base((bi * p.T * p.H + h) * p.N), chunks((p.T + CHUNK - 1) / CHUNK) {}
+  __device__ int64_t state(const Wkv7& p, int64_t n) const { return (p.every ? (bi * p.states() + n) * p.H + h : bh) * p.N * p.N; }
+  __device__ int64_t mid(const Wkv7& p, int64_t n) const { return (bh * chunks + n) * p.N * p.N; }
+};
+
+// The recurrence in wkv7_bf16.cu -> whether that is for such a call: r is bfloat16, and states are returned at chunk starts only.
+bool wkv7_bf16(const Wkv7& p, unsigned half, void* stream);
+
+// Element i of a buffer of float32 or of bfloat16.
 __device__ inline float get(const float* x, bool half, int64_t i) {
   return half ? __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(x)[i]) << 16) : x[i];
 }
 
 __device__ inline void put(float* x, bool half, int64_t i, float z) {
-  const uint32_t bits = __float_as_uint(z);
-  if (half) reinterpret_cast<uint16_t*>(x)[i] = z != z ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  if (half) reinterpret_cast<uint16_t*>(x)[i] = pack(z, 0);
   else x[i] = z;
 }
 

@@ -11,8 +11,6 @@
 
 namespace {
 
-enum { R, W, K, V, A, B, S0, C, Y, S, MID, SA, DY, DS, DR, DW, DK, DV, DA, DB };      // the buffers of Wkv7 in their order: bits of `half`
-
 // A row lies with LANES neighbouring threads, which take turns in pieces of 4 columns: reading them causes no bank conflicts.
 template <int N, int ROWS, int COLS>
 struct Tile {
@@ -60,14 +58,6 @@ struct Tile {
       for (int m = 0; m < COLS; m += 4)
         *reinterpret_cast<float4*>(to + (row() + i) * N + col(m)) = {x[i][m], x[i][m + 1], x[i][m + 2], x[i][m + 3]};
   }
-};
-
-// Where a head's tokens and states lie.
-struct Head {
-  int64_t bh, bi, h, step, base, chunks;
-  __device__ explicit Head(const Wkv7& p)
-      : bh(blockIdx.x), bi(bh / p.H), h(bh % p.H), step(p.H * p.N), base((bi * p.T * p.H + h) * p.N), chunks((p.T + CHUNK - 1) / CHUNK) {}
-  __device__ int64_t state(const Wkv7& p, int64_t n) const { return (p.every ? (bi * p.states() + n) * p.H + h : bh) * p.N * p.N; }
 };
 
 // ---- forward: STAGE tokens are read while the STAGE before them are worked on ----
@@ -137,7 +127,7 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
   for (int64_t t0 = 0; t0 < p.T; t0 += STAGE) {
     const int now = t0 / STAGE % 2;
     s.fetch(p, half, at, t0 + STAGE);
-    if (p.mid && t0 % CHUNK == 0) s.store(p.mid + (at.bh * at.chunks + t0 / CHUNK) * N * N);
+    if (p.mid && t0 % CHUNK == 0) s.store(p.mid + at.mid(p, t0 / CHUNK));
     for (int q = 0; q < STAGE && t0 + q < p.T; ++q) {
       const int64_t t = t0 + q, o = at.base + t * at.step;
       const float* in = shared + (now * STAGE + q) * VECTORS * N;
@@ -237,7 +227,7 @@ __global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(co
     __syncthreads();
     for (int q0 = (len - 1) / GROUP * GROUP; q0 >= 0; q0 -= GROUP) {
       T s[GROUP];                                        // before each token of the group
-      s[0].load(p.mid + (at.bh * at.chunks + n) * N * N);
+      s[0].load(p.mid + at.mid(p, n));
       for (int q = 0; q < q0; ++q) Token<N>(in + q * INPUTS * N).step(s[0], s[0]);
 #pragma unroll
       for (int g = 1; g < GROUP; ++g) Token<N>(in + (q0 + g - 1) * INPUTS * N).step(s[g - 1], s[g]);
@@ -334,6 +324,7 @@ void wkv7(const Call& call) {
   unsigned half = 0;
   for (size_t i = 0; i < call.half.size(); ++i) half |= static_cast<unsigned>(call.half[i]) << i;
   void* stream = reinterpret_cast<void*>(call.numbers[6]);
+  if (wkv7_bf16(p, half, stream)) return;
   switch (p.N) {
     case 16: return run<16>(p, half, stream);
     case 32: return run<32>(p, half, stream);
