@@ -2,4 +2,4 @@
 #include "cuda_on_cpu.h"
 
 extern "C" void emulator_order(int64_t seed) { emulator::order = seed; }
-extern "C" void emulator_skip(int64_t line) { emulator::skipped = line; }
+extern "C" void emulator_skip(const char* place) { emulator::skipped = place; }

@@ -104,7 +104,7 @@ def compiled(name, sources, flags, nvcc_flags=(), **options):
 
 def gpu_flags():
     """What nvcc must be told to compile for the GPU at hand and, as PTX, for later ones; for one that nvcc does not know, PTX of the latest
-    architecture that it does. ValueError: no toolkit, or one of another CUDA than torch's."""
+    architecture that it does. ValueError: no toolkit, one of another CUDA than torch's, an old GPU."""
     from torch.utils.cpp_extension import CUDA_HOME
     wanted = torch.version.cuda
     if not CUDA_HOME:
@@ -118,6 +118,8 @@ def gpu_flags():
         raise ValueError(f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of {wanted}: set CUDA_HOME to the folder of a toolkit of that CUDA")
     major, minor = torch.cuda.get_device_capability()
     gpu = 10 * major + minor
+    if gpu < 80:
+        raise ValueError(f"the kernels need a GPU of compute capability 8.0 (A100) or later, {torch.cuda.get_device_name()} has {major}.{minor}")
     known = max(n for n in map(int, re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))) if n <= gpu)
     kinds = [f"compute_{known}"] + [f"sm_{gpu}"] * (known == gpu)
     return [token for kind in kinds for token in ("-gencode", f"arch=compute_{known},code={kind}")]
