@@ -19,7 +19,8 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
 
     r, w, k, v, a, b, c: (B,T,H,N), floating point; w is the log-decay, w <= 0. s0: (B,H,N,N), zero if None.
     Returns y (B,T,H,N) in r's dtype and s in float32 (float64 for float64 inputs): the final state (B,H,N,N), or with
-    `every=n` the states after 0, n, 2n, ... tokens, (B, T//n + 1, H,N,N). Everything returned is differentiable.
+    `every=n` the states after 0, n, 2n, ... tokens, (B, T//n + 1, H,N,N). Everything returned is differentiable. On a GPU a bfloat16 r
+    allows products in bfloat16; sums and states are in float32 always.
     ValueError: N not in HEAD_SIZES, shapes that disagree, every < 1.
     """
     if r.shape[-1] not in HEAD_SIZES:

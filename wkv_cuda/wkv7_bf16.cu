@@ -106,7 +106,10 @@ __device__ void take(const Wkv7& p, unsigned half, const Head& at, int64_t t0, C
   };
   float before[9] = {};
 #pragma unroll
-  for (int q = 0; q < 8; ++q) before[q + 1] = before[q] + fmaxf(value(p.w, W, q), -STRONGEST);
+  for (int q = 0; q < 8; ++q) {
+    const float w = value(p.w, W, q);
+    before[q + 1] = before[q] + (w < -STRONGEST ? -STRONGEST : w);                    // a NaN stays one
+  }
   const float middle = side ? 0 : before[8];
   (side ? c.end : c.start)[j] = expf(before[8]);
 #pragma unroll
