@@ -475,22 +475,27 @@ def recurrence_inputs(B, T, H, N, dtype, device):
 
 def gpu_parity(device):
     """Relative errors of the kernels against the definitions in float64 on the same, perhaps rounded, inputs; every output, every gradient."""
-    def errors(f, twin, x):
+    def errors(f, twin, names, x):
         found, wanted = [], []
         for op, leaves, to in ((f, x, found), (twin, [z.detach().double().requires_grad_() for z in x], wanted)):
-            y = op(*leaves)
-            y = y[0] if isinstance(y, tuple) else y
-            dy = torch.randn(y.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(x[0].dtype).to(y.dtype)
-            to += [y, *torch.autograd.grad(y, leaves, dy)]
-        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
-    rows, T = {}, 50 if quick else 200
+            out = op(*leaves)
+            out = out if isinstance(out, tuple) else (out,)
+            g = torch.Generator(device).manual_seed(1)
+            grads = [torch.randn(z.shape, generator=g, device=device).to(y.dtype).to(z.dtype) for y, z in zip(found or out, out)]
+            to += [*out, *torch.autograd.grad(out, leaves, grads)]
+        return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, found, wanted)}
+    rows, T, names = {}, 50 if quick else 200, "y s dr dw dk dv da db ds0 dc".split()
     for dtype in (torch.float32, torch.bfloat16):
         for N in wkv_cuda.HEAD_SIZES:
-            x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
-            rows[f"wkv7 N={N} {str(dtype)[6:]}"] = dict(zip(("y", *(f"d{z}" for z in "rwkvab")), errors(wkv_cuda.wkv7, wkv_cuda.wkv7_loop, x)))
+            for every in (None, 5, 16):
+                x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
+                s0, c = (0.3 * torch.randn(*shape, device=device) for shape in ((2, 3, N, N), x[0].shape))
+                x += [s0.requires_grad_(), c.to(dtype).requires_grad_()]
+                ops = (lambda *x, op=op: op(*x, every=every) for op in (wkv_cuda.wkv7, wkv_cuda.wkv7_loop))
+                rows[f"wkv7 N={N}{f' every={every}' if every else ''} {str(dtype)[6:]}"] = errors(*ops, names, x)
     k, v = (torch.randn(2, T, 48, device=device) for _ in range(2))
     x = [z.requires_grad_() for z in (torch.rand(2, 48, device=device), torch.randn(2, 48, device=device), k, v)]
-    rows["biwkv float32"] = dict(zip(("y", "dw", "du", "dk", "dv"), errors(wkv_cuda.biwkv, wkv_cuda.biwkv_loop, x)))
+    rows["biwkv float32"] = errors(wkv_cuda.biwkv, wkv_cuda.biwkv_loop, ("y", "dw", "du", "dk", "dv"), x)
     table("relative error against float64, allowed 1e-5 (float32) and 2e-2 (bfloat16)", ["kernel", "largest", "of"],
           [[name, f"{max(row.values()):.1e}", max(row, key=row.get)] for name, row in rows.items()])
     if bad := [name for name, row in rows.items() if not max(row.values()) <= (2e-2 if "bfloat16" in name else 1e-5)]:
@@ -554,6 +559,25 @@ def gpu_recurrence(limits, device):
     return found
 
 
+def training_step(cfg, batch, T, device):
+    """What one step takes -> (parameters, milliseconds, most bytes of memory)."""
+    with torch.device(device):
+        net = nets.Denoiser(cfg)
+        x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
+    net.compile()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = net(diffusion.mask_tokens(x, masked, net.mask_id)).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step()
+    torch.accelerator.reset_peak_memory_stats()
+    return sum(p.numel() for p in net.parameters()), gpu_ms(step, device), torch.accelerator.max_memory_allocated()
+
+
 def gpu_training(limits, device):
     """A training step (masked tokens, AdamW, bfloat16 products, torch.compile) of networks of about 124 M and 1.5 B parameters on rows of
     1024 tokens: one causal scan, two-way, and the attention twin. MFU is against the measured matrix product."""
@@ -561,35 +585,21 @@ def gpu_training(limits, device):
     sizes = {"quick": (2, 64, 2)} if quick else {"124M": (12, 768, 16), "1.5B": (24, 2048, 4)}
     rows, found = [], {}
     for size, (L, C, batch) in sizes.items():
-        base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=64 if not quick else 16, vocab_size=V, tie_embeddings=True, direction="causal")
-        with torch.device("meta"):
-            two_way = dataclasses.replace(base, direction="bidirectional")
-            ways = {"causal": base, "bidirectional": two_way, "attention twin": attention_twin(two_way)}
-        for name, cfg in ways.items():
-            with torch.device(device):
-                net = nets.Denoiser(cfg)
-            net.compile()
-            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-            x = torch.randint(V, (batch, T), device=device)
-            masked = torch.rand(batch, T, device=device) < 0.5
-            def step():
-                with torch.autocast(torch.device(device).type, torch.bfloat16):
-                    logits = net(diffusion.mask_tokens(x, masked, net.mask_id)).logits
-                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step()
-            torch.accelerator.reset_peak_memory_stats()
-            ms = gpu_ms(step, device)
-            mfu = 3 * flops_per_token(cfg, T) * batch * T / ms * 1e3 / limits["flops"]
-            count = sum(p.numel() for p in net.parameters())
-            found[f"{size} {name}"] = dict(parameters=count, ms=ms, tokens_per_s=batch * T / ms * 1e3, mfu=mfu,
-                                           memory_bytes=torch.accelerator.max_memory_allocated())
-            row = found[f"{size} {name}"]
-            rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{row['tokens_per_s']:.0f}",
-                         f"{row['memory_bytes'] / 2**30:.1f}", f"{mfu:.1%}"])
-            del net, optimizer, step
+        base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=16 if quick else 64, vocab_size=V, tie_embeddings=True, direction="causal")
+        two_way = dataclasses.replace(base, direction="bidirectional")
+        with torch.device("meta"):         # only counts parameters
+            twin = attention_twin(two_way)
+        for name, cfg in {"causal": base, "bidirectional": two_way, "attention twin": twin}.items():
             torch.accelerator.empty_cache()
+            try:
+                count, ms, memory = training_step(cfg, batch, T, device)
+            except torch.OutOfMemoryError:
+                print(f"  {size} {name}: {batch} x {T} tokens do not fit this GPU", flush=True)
+                continue
+            speed = batch * T / ms * 1e3
+            mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
+            found[f"{size} {name}"] = dict(parameters=count, ms=ms, tokens_per_s=speed, memory_bytes=memory, mfu=mfu)
+            rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{speed:.0f}", f"{memory / 2**30:.1f}", f"{mfu:.1%}"])
     table("a training step", ["network", "parameters", "batch", "ms", "tokens/s", "GiB", "MFU"], rows)
     return found
 
