@@ -599,7 +599,8 @@ def gpu_training(limits, device):
             speed = batch * T / ms * 1e3
             mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
             found[f"{size} {name}"] = dict(parameters=count, ms=ms, tokens_per_s=speed, memory_bytes=memory, mfu=mfu)
-            rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{speed:.0f}", f"{memory / 2**30:.1f}", f"{mfu:.1%}"])
+            rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{speed:.0f}", f"{memory / 2**30:.1f}",
+                         f"{mfu:.1%}"])
     table("a training step", ["network", "parameters", "batch", "ms", "tokens/s", "GiB", "MFU"], rows)
     return found
 

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { unsigned x; };
 

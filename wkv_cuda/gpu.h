@@ -70,6 +70,12 @@ __device__ inline void put(float* x, bool half, int64_t i, float z) {
   else x[i] = z;
 }
 
+// Elements i and i + 1; i is even.
+__device__ inline void put(float* x, bool half, int64_t i, float y, float z) {
+  if (half) reinterpret_cast<uint32_t*>(x)[i / 2] = pack(y, z);
+  else *reinterpret_cast<float2*>(x + i) = {y, z};
+}
+
 // Adds up M <= L values at once over groups of L neighbouring lanes: lane l of a group gets the total of x[l % M]. Each exchange
 // halves what is left to add, so that this takes about M shuffles, not M log2(L).
 template <int L, int M>

@@ -33,7 +33,7 @@ struct BackChunk : Chunk<N> {
   using Chunk<N>::P;
   Half sa[CHUNK][P], dy[CHUNK][P], z[CHUNK][P], s[N][P], d[N][P];                       // SA, dY, Z, S^, D^
   Half dab[CHUNK][Q], dak[CHUNK][Q], drb[CHUNK][Q], drk[CHUNK][Q];
-  float rel[CHUNK + 1][N], gw[CHUNK][N], gu[CHUNK][N], gl[CHUNK][N], both[N / 16][N];   // rel[t]: the log-decay from the middle to before t
+  float rel[CHUNK + 1][P], gw[CHUNK][P], gu[CHUNK][P], gl[CHUNK][P], both[N / 16][N];   // rel[t]: the log-decay from the middle to before t
 };
 
 __device__ int lane() { return threadIdx.x % 32; }
@@ -76,12 +76,21 @@ struct Rows {
   float x[N / 8][4];
 
   template <class F>
-  __device__ void each(F f) {                            // f(element, its row, its column)
+  __device__ void each(F f) {                            // f(element, its right neighbour, their row, the first one's column)
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) f(x[n][e], 16 * warp() + row_of(e), 8 * n + col_of(e));
+      for (int e = 0; e < 4; e += 2) f(x[n][e], x[n][e + 1], 16 * warp() + row_of(e), 8 * n + col_of(e));
   }
+  __device__ void zero() { each([](float& x, float& y, int, int) { x = y = 0; }); }
+  __device__ void scale(const float* by) { each([&](float& x, float& y, int, int j) { x *= by[j], y *= by[j + 1]; }); }
+  __device__ void add(const float* from) {
+    each([&](float& x, float& y, int i, int j) {
+      const float2 z = *reinterpret_cast<const float2*>(from + i * N + j);
+      x += z.x, y += z.y;
+    });
+  }
+  __device__ void store(float* to) { each([&](float x, float y, int i, int j) { *reinterpret_cast<float2*>(to + i * N + j) = {x, y}; }); }
   __device__ void factors(uint32_t (&to)[N / 16][4]) const {
 #pragma unroll
     for (int m = 0; m < N / 16; ++m) left_of(to[m], x[2 * m], x[2 * m + 1]);
@@ -98,7 +107,7 @@ __device__ void multiply_rows(float (&d)[4], const uint32_t (&rows)[N / 16][4], 
 // The tokens from t0 on to shared memory; two threads share a channel, each with half of the chunk. After the last token come identity
 // steps. rel: where the log-decays from the middle to before each token are wanted, too.
 template <int N>
-__device__ void take(const Wkv7& p, unsigned half, const Head& at, int64_t t0, Chunk<N>& c, float (*rel)[N]) {
+__device__ void take(const Wkv7& p, unsigned half, const Head& at, int64_t t0, Chunk<N>& c, float (*rel)[Chunk<N>::P]) {
   const int j = threadIdx.x % N, side = threadIdx.x / N;
   const auto value = [&](const float* x, int bit, int q) {
     const int64_t t = t0 + 8 * side + q;
@@ -174,15 +183,15 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
   const Head at(p);
   const int own = 16 * warp();
   Rows<N> s;
-  const auto store = [&](float* to) { s.each([&](float x, int i, int j) { to[i * N + j] = x; }); };
-  s.each([&](float& x, int i, int j) { x = p.s0 ? p.s0[at.bh * N * N + i * N + j] : 0; });
+  s.zero();
+  if (p.s0) s.add(p.s0 + at.bh * N * N);
   for (int64_t t0 = 0; t0 < p.T; t0 += CHUNK) {
-    if (p.mid) store(p.mid + at.mid(p, t0 / CHUNK));
-    if (p.every && t0 % p.every == 0) store(p.s + at.state(p, t0 / p.every));
+    if (p.mid) s.store(p.mid + at.mid(p, t0 / CHUNK));
+    if (p.every && t0 % p.every == 0) s.store(p.s + at.state(p, t0 / p.every));
     take<N>(p, half, at, t0, c, nullptr);
     __syncthreads();
     pairs(c);
-    s.each([&](float& x, int, int j) { x *= c.start[j]; });
+    s.scale(c.start);
     __syncthreads();
     invert(c);
     // from here on transposed: rows are value channels, columns tokens
@@ -229,10 +238,10 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
       multiply(s.x[n], sa, c.b[0] + 8 * n, c.P);
       multiply(s.x[n], v, c.k[0] + 8 * n, c.P);
     }
-    s.each([&](float& x, int, int j) { x *= c.end[j]; });
+    s.scale(c.end);
     __syncthreads();
   }
-  if (!p.every || p.T % p.every == 0) store(p.s + at.state(p, p.every ? p.T / p.every : 0));
+  if (!p.every || p.T % p.every == 0) s.store(p.s + at.state(p, p.every ? p.T / p.every : 0));
 }
 
 template <int N>
@@ -242,10 +251,8 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
   const Head at(p);
   const int own = 16 * warp();
   Rows<N> d;
-  const auto add_ds = [&](int64_t n) {
-    if (p.ds) d.each([&](float& x, int i, int j) { x += p.ds[at.state(p, n) + i * N + j]; });
-  };
-  d.each([](float& x, int, int) { x = 0; });
+  const auto add_ds = [&](int64_t n) { if (p.ds) d.add(p.ds + at.state(p, n)); };
+  d.zero();
   if (!p.every) add_ds(0);
   for (int64_t n0 = at.chunks - 1; n0 >= 0; --n0) {
     const int64_t t0 = n0 * CHUNK;
@@ -259,12 +266,13 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
     __syncthreads();
     pairs(c);
     float both[N / 8][2] = {};                           // sums of D^ S^ over the rows
-    d.each([&](float& x, int i, int j) {
-      const float s = p.mid[at.mid(p, n0) + i * N + j] * c.start[j];
-      x *= c.end[j];
-      c.s[i][j] = half_of(s);
-      c.d[i][j] = half_of(x);
-      both[j / 8][j % 2] += x * s;
+    d.scale(c.end);
+    d.each([&](float x, float y, int i, int j) {
+      float2 s = *reinterpret_cast<const float2*>(p.mid + at.mid(p, n0) + i * N + j);
+      s.x *= c.start[j], s.y *= c.start[j + 1];
+      *reinterpret_cast<uint32_t*>(&c.s[i][j]) = pack(s.x, s.y);
+      *reinterpret_cast<uint32_t*>(&c.d[i][j]) = pack(x, y);
+      both[j / 8][0] += x * s.x, both[j / 8][1] += y * s.y;
     });
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
@@ -316,7 +324,7 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
       multiply(d.x[n], z, c.a[0] + 8 * n, P);
       multiply(d.x[n], dy, c.r[0] + 8 * n, P);
     }
-    d.each([&](float& x, int, int j) { x *= c.start[j]; });
+    d.scale(c.start);
     __syncthreads();
     // gradients of AB, AK, RB and RK, shared out among the warps
     for (int job = warp(); job < 4; job += N / 16) {
@@ -376,13 +384,17 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
         c.gu[t][j] = float_of(c.a[t][j]) * ga[e];
         c.gw[t][j] = float_of(c.r[t][j]) * gr[e] - float_of(c.b[t][j]) * gb[e] - float_of(c.k[t][j]) * gk[e];
         c.gl[t][j] = far[e];
-        if (t0 + t >= p.T) continue;
-        const int64_t o = at.base + (t0 + t) * at.step + j;
-        const float before = expf(c.rel[t][j]), after = expf(c.rel[t + 1][j]), grow = expf(-c.rel[t + 1][j]);
-        put(p.da, half >> DA & 1, o, before * ga[e]);
-        put(p.dr, half >> DR & 1, o, after * gr[e]);
-        put(p.db, half >> DB & 1, o, grow * gb[e]);
-        put(p.dk, half >> DK & 1, o, grow * gk[e]);
+        const float after = expf(c.rel[t + 1][j]);
+        ga[e] *= expf(c.rel[t][j]), gr[e] *= after, gb[e] /= after, gk[e] /= after;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        if (t0 + row_of(e) >= p.T) continue;
+        const int64_t o = at.base + (t0 + row_of(e)) * at.step + col + col_of(e);
+        put(p.da, half >> DA & 1, o, ga[e], ga[e + 1]);
+        put(p.dr, half >> DR & 1, o, gr[e], gr[e + 1]);
+        put(p.db, half >> DB & 1, o, gb[e], gb[e + 1]);
+        put(p.dk, half >> DK & 1, o, gk[e], gk[e + 1]);
       }
     }
     __syncthreads();
@@ -406,7 +418,7 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
     }
   }
   if (p.every) add_ds(0);
-  if (p.ds0) d.each([&](float x, int i, int j) { p.ds0[at.bh * N * N + i * N + j] = x; });
+  if (p.ds0) d.store(p.ds0 + at.bh * N * N);
 }
 
 template <int N>
