@@ -267,12 +267,11 @@ def flags_for(tools, folder, monkeypatch):
     return loader.gpu_flags
 
 
-@pytest.mark.parametrize("asked,device,words", [("cuda", "cpu", "WKV_IMPL=cuda"), ("cpp", "cuda", "does not run on cuda")])
-def test_a_kernel_is_not_forced_on_another_device(asked, device, words, monkeypatch):
+@pytest.mark.parametrize("asked,device", [("cuda", "cpu"), ("cpp", "cuda")])
+def test_a_kernel_is_not_forced_on_another_device(asked, device, monkeypatch):
     monkeypatch.setenv("WKV_IMPL", asked)
-    if asked == "cpp" and loader.build("cpp"):
-        pytest.skip("no C++ compiler")
-    with pytest.raises(ValueError, match=words):
+    monkeypatch.setattr(loader, "build", lambda name: "")
+    with pytest.raises(ValueError, match=f"WKV_IMPL={asked}: that kernel does not run on {device}; .*WKV_IMPL=torch"):
         loader.backend(device)
 
 
