@@ -1,7 +1,7 @@
 """Text files and synthetic tasks to batches of token ids. B batch, T time, V vocabulary.
 
-A source (TextSource, TaskSource, PairSource: texts with latents) has a `tokenizer`, and gives rows of token ids with the positions that may be masked:
-`train_rows` for one step, `eval_rows` for the held-out part. A row depends on nothing but the seed, the step and its place in
+A source (TextSource, TaskSource, PairSource: texts with latents) has a `tokenizer`, and gives rows of token ids with the positions
+that may be masked: `train_rows` for one step, `eval_rows` for the held-out part. A row depends on nothing but the seed, the step and its place in
 the global batch, so accumulation, several processes and a resumed run all see the same data.
 
     python data.py prepare --data_path=FILE_or_FOLDER --tokenizer=byte --out=FOLDER   much text to token files, in little memory
@@ -547,7 +547,8 @@ class PairSource:
             lacking += missing
         if lacking:
             print(f"{folder}: {lacking} of {n} {split} texts are left out, their latent files are missing")
-        return Split(ids, torch.from_numpy(lengths), np.zeros((n, 0), np.float32) if z is None else z, torch.from_numpy(use & (lengths > 0)).nonzero()[:, 0])
+        z = np.zeros((n, 0), np.float32) if z is None else z
+        return Split(ids, torch.from_numpy(lengths), z, torch.from_numpy(use & (lengths > 0)).nonzero()[:, 0])
 
     def rows(self, part, index):
         """-> ids (n,T) int64, maskable (n,T) bool, lengths (n,) or None where all rows are full, latents (n,D)."""
@@ -830,10 +831,10 @@ def load_array(path, keys=None):
         return found if keys is None else [found[key] for key in keys]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except KeyError as e:
-        raise ValueError(f"{path} lacks {e}: give a file with {', '.join(keys)}") from None
+    except (KeyError, IndexError):         # no such array in the file, or a .npy under another name
+        raise ValueError(f"{path} must hold {' and '.join(keys)}: make it again") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        why = "it holds pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
+        why = "it is no array, or one of pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
         raise ValueError(f"{path} cannot be read: {why}") from None
 
 

@@ -141,13 +141,15 @@ def digits(noise):
     return noise * 4096 % 1
 
 
-def gaussian_noise(maskable, t, noise, cfg, n):
+def gaussian_noise(maskable, t, noise, cfg, n, z=None, s=None):
     """Gaussian noise instead of masks; the weight is each token's noise level, 0 for what is given. Given is what may not be masked; in
-    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole."""
+    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole, and has no latent:
+    with latents z (B,D), given clean, those are returned, too, and their levels s."""
     dropped = digits(noise[:, :1]) < cfg.drop_given
     text = maskable.all(1, keepdim=True)
     masked = maskable & (~text | dropped | (together(noise, maskable, cfg) < digits(noise[:, -1:])))
-    return masked, t[:, None] * (masked | dropped), masked.sum()
+    latent = () if z is None else (z * ~dropped, torch.zeros_like(s))
+    return masked, t[:, None] * (masked | dropped), masked.sum(), *latent
 
 
 # ---- logits: (denoise, x (B,T), masked (B,T), mask_id, n, lengths) -> (B,T,V), what an objective predicts each token with ----
@@ -320,16 +322,16 @@ def embedded(x, t, eps, table, cfg):
     return x0, a * x0 + s * eps
 
 
-def gaussian_terms(net, x, t, eps, cfg, lengths=None):
+def gaussian_terms(net, x, t, eps, cfg, **options):
     """Per token (B,T): {"mse": ..., "ce": ...} of the terms that cfg.diffusion_mode has, and the logits. Half the rows of a network that takes
-    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202)."""
+    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths, latent."""
     table = net.table()
     x0, x_t = embedded(x, t, eps, table, cfg)
     before = None
     if net.cfg.self_cond:
         with torch.no_grad():
-            before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
-    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+            before = estimate(net, x_t, t, table, cfg, **options)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
+    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, before=before, **options)
     terms = {}
     if vector is not None:                 # the embeddings must not move towards what is easily predicted: that is how they collapse
         terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, a, s)).square().mean(-1)
@@ -338,9 +340,11 @@ def gaussian_terms(net, x, t, eps, cfg, lengths=None):
     return terms, logits
 
 
-def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, cfg=None):
-    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T)."""
-    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths)
+def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None):
+    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T); z (B,D): clean latents
+    as in the files, given (their levels s are 0)."""
+    options = {} if z is None else dict(latent=net.latent_prefix.normalise(z))
+    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths=lengths, **options)
     scale = {"mse": 1.0, "ce": cfg.token_loss_weight if len(terms) > 1 else 1.0}
     return sum(scale[name] * term[masked].sum() for name, term in terms.items())
 
@@ -349,20 +353,20 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @torch.no_grad()
-def gaussian_report(net, x, masked, lengths, generator, cfg):
+def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number}, alarm or "").
 
     At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine, the
     distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw embeddings and
-    their largest mean cosine. val_loss is the mean over the levels.
+    their largest mean cosine. val_loss is the mean over the levels. latent: latent=(B,D), normalised, to be given.
     """
     table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
         t = level * masked.float()
         eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
         _, x_t = embedded(x, t, eps, table, cfg)
-        before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] if net.cfg.self_cond else None
-        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+        before = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent)[0] if net.cfg.self_cond else None
+        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before, **latent)
         token = logits.argmax(-1)
         terms = {}
         if vector is not None:
@@ -431,10 +435,10 @@ def latent_cfg(cfg):
 
 
 def estimate_latent(net, x, z_t, s, cfg, lengths=None):
-    """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, z_0 (B,D), what it predicts, and a, s amplitudes."""
+    """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0 (B,D)."""
     a, b = (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
     out = net(x, latent=a * z_t, latent_t=s, lengths=lengths)
-    return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b), a, b
+    return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
 
 
 def latent_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None, mode=None, scale=1.0, step=0):
@@ -529,7 +533,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
 
     text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. latent_mse: of the latent
     predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the median share of rows whose latent is
-    nearer to the prediction than the text's own. With a Stage II encoder z is its mu: kl, in nats a text; active, the dimensions
+    nearer to the prediction than the text's own. With a Stage II encoder z is its mu: kl, in nats a text; active_units, the dimensions
     whose mu varies by more than 0.01 over texts (arXiv 1509.00519, section 4.2) instead of the latent's errors.
     """
     B, T = x.shape
@@ -541,7 +545,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         q = [net.posterior(a, given(m))[:2] for a, m in parts(x, real.to(x.device))]
         mu, logvar = (torch.cat(part) for part in zip(*q))
         kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
-        found |= {"kl": kl.sum(1).mean().item(), "active": int((mu.var(0) > 0.01).sum()), "kl_largest": kl.mean(0).max().item()}
+        found |= {"kl": kl.sum(1).mean().item(), "active_units": int((mu.var(0) > 0.01).sum()), "kl_largest": kl.mean(0).max().item()}
         z = mu
     else:
         z = net.latent_prefix.normalise(z)
@@ -780,13 +784,13 @@ def descent(cfg, steps):
 
 
 def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50, eta=0.0, clamp=False, guidance=1.0, temperature=0.0, top_k=0,
-                    top_p=1.0, lengths=None, watch=None, **unused):
+                    top_p=1.0, lengths=None, watch=None, latent=None, **unused):
     """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network sees them
     without noise.
 
     net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t, at most cfg.diffusion_steps.
     clamp: every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: as in `guided`, on
-    x_0, the unconditional side having what is given noised, too. temperature 0 rounds to the nearest embedding, otherwise tokens
+    x_0, the unconditional side having what is given noised, too, and no latent. temperature 0 rounds to the nearest embedding, otherwise tokens
     are drawn from the last estimate's logits (top_k, top_p).
     """
     check_guidance(guidance, cfg)
@@ -797,7 +801,7 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50,
     before = before_free = None
     for t, s, at, as_ in zip(levels, levels[1:], share, share[1:]):
         level = x_t.new_full(x.shape, t)
-        options = dict(lengths=lengths, before=before)
+        options = dict(lengths=lengths, before=before) | ({} if latent is None else dict(latent=latent))
         x0, logits, *_ = estimate(net, torch.where(given, clean, x_t), level.masked_fill(known, 0), table, cfg, **options)
         if net.cfg.self_cond:
             before = x0
@@ -825,6 +829,13 @@ SAMPLERS |= {"block": block, "ar": ar} | {rule: functools.partial(denoise_vector
 # ---- text and latent. net: a Denoiser with latents; z (B,D) as in the files trained on ----
 
 
+def clean_latent(net, z):
+    """Latents z (B,D) -> as the network takes them, normalised. ValueError for another dimension."""
+    if z.shape[1:] != net.latent_prefix.mean.shape:
+        raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{len(net.latent_prefix.mean)})")
+    return z if net.latent_encoder is not None else net.latent_prefix.normalise(z)      # an encoder's are normalised already
+
+
 def with_latent(net, z, guidance=1.0):
     """The network as a sampler's `denoise`, with the normalised clean latents z (B,D) before every row; guidance as in `guided`, the
     unconditional side without a latent."""
@@ -844,12 +855,12 @@ def sample_text_from_latent(net, z, length, generator, cfg, sampler="confidence"
     trained with drop_given=0.
     """
     check_guidance(guidance, cfg)
-    if z.shape[1:] != net.latent_prefix.mean.shape:
-        raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{len(net.latent_prefix.mean)})")
+    z = clean_latent(net, z)
     if x is None:
         x = torch.full((len(z), length), net.mask_id, device=z.device)
         known = torch.zeros_like(x, dtype=torch.bool)
-    z = z if net.latent_encoder is not None else net.latent_prefix.normalise(z)
+    if sampler in GAUSSIAN_STEPS:
+        return SAMPLERS[sampler](net, x, known, net.mask_id, generator, cfg=cfg, guidance=guidance, latent=z, **options)
     return SAMPLERS[sampler](with_latent(net, z, guidance), x, known, net.mask_id, generator, **options)
 
 
@@ -895,7 +906,7 @@ def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="to
         (s, s_next), (_, t_next) = zip(*((min(1.0, max(0.0, 1 - u)), min(1.0, max(0.0, 1 - (u - lead)))) for u in
                                          ((1 + lead) * i / steps, (1 + lead) * (i + 1) / steps)))
         level = z_t.new_full((rows,), s)
-        out, z0, *_ = estimate_latent(net, x, z_t, level, cfg)
+        out, z0 = estimate_latent(net, x, z_t, level, cfg)
         logits = out.logits
         if guidance != 1:
             noise = torch.randn(rows, D, generator=generator).to(device)

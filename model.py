@@ -685,8 +685,8 @@ class Denoiser(nn.Module):
             x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if cfg.self_cond else x) + time
         if latent is not None:
             if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean or every is not None:
-                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {f'(B,{cfg.latent_dim})' if cfg.latent_dim else 'none'}"
-                                 ", and only with whole rows, not with a state")
+                takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
+                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, and only with whole rows, not with a state")
             P, has = cfg.latent_prefix_len, (latent != 0).any(-1)
             x = torch.cat([self.latent_prefix(latent).to(x.dtype), x], 1)
             lengths = lengths if lengths is None else lengths + P

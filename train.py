@@ -64,7 +64,7 @@ warmup_iters = 0            # steps of linear warm-up
 warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # largest gradient norm; 0 = no clipping
 ema = 0.0                   # decay of an average of the weights, which is what is evaluated and sampled from; 0 = none
-freeze_backbone = False     # what pretrained RWKV-7 weights hold does not learn: only what they lack (the mask's embedding, latents, noise level, ...)
+freeze_backbone = False     # what pretrained RWKV-7 weights hold does not learn: only what they lack: mask, latents, noise level
 train_lm_head = False       # ... but the text head does
 use_rwkv_lm_head = True     # pretrained weights: 0 = a text head from scratch, which learns
 freeze = ""                 # parameters that do not learn: regular expressions, as emb,blocks.0
@@ -181,10 +181,13 @@ def open_source(cfg, saved):
     else:
         asked = tokenizer if cfg.given("tokenizer") else ""
         asked = data.agreed(asked, old, "the checkpoint") if old else asked
-        if data.has_pairs(data_path) != bool(diffusion.OBJECTIVES[cfg.objective or "task"].latent):
-            raise ValueError(f"objective={cfg.objective or 'masked_mean'} is not for data_path={data_path or 'empty'}: texts with latents (python data.py "
-                             f"latents --out=FOLDER) go with {', '.join(k for k, o in diffusion.OBJECTIVES.items() if o.latent)}, plain text with the others")
-        source = data.PairSource(data_path, seq_len, asked, use_external_latents, skip_missing) if data.has_pairs(data_path) else data.TextSource(data_path, seq_len, asked, data_bin, data_val_bin, cfg.vocab_size)
+        pairs, chosen = data.has_pairs(data_path), diffusion.OBJECTIVES[cfg.objective or "task"]
+        if pairs != bool(chosen.latent) and not (pairs and chosen.gaussian):
+            latent = ", ".join(k for k, o in diffusion.OBJECTIVES.items() if o.latent)
+            raise ValueError(f"objective={cfg.objective or 'masked_mean'} is not for data_path={data_path or 'empty'}: texts with latents "
+                             f"(python data.py latents --out=FOLDER) go with {latent} and gaussian, plain text with the others")
+        source = (data.PairSource(data_path, seq_len, asked, use_external_latents, skip_missing) if pairs else
+                  data.TextSource(data_path, seq_len, asked, data_bin, data_val_bin, cfg.vocab_size))
     if old and not data.same_vocabulary(old, source.tokenizer.state()):
         raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
                          f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
@@ -202,8 +205,8 @@ def build_model(cfg, source, path, saved):
         raise ValueError(f"latent_dim={asked.latent_dim}, but the latents of {source.name} have {D} dimensions: leave it at 0, or make others with "
                          f"python data.py project --dim={asked.latent_dim}")
     if cfg.objective == "stage2_variational" and not (saved.get("model_config") or {}).get("latent_dim"):
-        raise ValueError(f"objective=stage2_variational goes on from a network of Stage I, with latents, which {path or 'init_from=scratch'} is not: "
-                         "give its checkpoint as --init_from")
+        raise ValueError("objective=stage2_variational goes on from a network of Stage I, with latents, which "
+                         f"{path or 'init_from=scratch'} is not: give its checkpoint as --init_from")
     if chosen.latent and not asked.latent_dim and not saved:
         raise ValueError(f"objective={cfg.objective} needs latents: leave use_external_latents at 1, or give latent_dim")
     if not path:
@@ -280,13 +283,15 @@ def evaluate_gaussian(net, source, diff, device, step):
         x, masked, lengths = task_rows(source, step)
         shown = masked
     else:
-        x, masked, lengths = source.eval_rows(batch_size)
+        x, masked, lengths, *z = source.eval_rows(batch_size)
         shown = torch.rand(x.shape, generator=g) < 0.3
     send = lambda z: z if z is None else z.to(device)
+    latent = dict(latent=diffusion.clean_latent(net, send(z[0]))) if not task and z and net.cfg.latent_dim else {}
     with autocast(device):
-        metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff)
+        metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff, **latent)
         rows = slice(None) if task else slice(1)
-        fill = functools.partial(diffusion.SAMPLERS["ddim"], net, cfg=diff, steps=min(20, diff.diffusion_steps or 20))
+        first = {name: z[:1] for name, z in latent.items()}
+        fill = functools.partial(diffusion.SAMPLERS["ddim"], net, cfg=diff, steps=min(20, diff.diffusion_steps or 20), **first)
         pred = torch.cat([fill(send(a), ~send(m), net.mask_id, g, lengths=send(n)).cpu()
                           for a, m, n in data.split(batch_size, x[rows], shown[rows], lengths if lengths is None else lengths[rows])])
     if task:
@@ -540,7 +545,7 @@ def main(cfg):
     noise = lambda step, maskable, t, u, *latent: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size, *latent,
                                                                *[mode_of(step)[0]] * bool(chosen.latent))
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,
-                                model.cfg.n_embd if chosen.gaussian else 0, model.cfg.latent_dim if chosen.latent else 0)
+                                model.cfg.n_embd if chosen.gaussian else 0, model.cfg.latent_dim)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
     saved_at, clock, since, before = start if start else None, time.perf_counter(), start, ""
     for step in bar:
@@ -599,7 +604,7 @@ def main(cfg):
         if logged:
             ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
             clock, since = time.perf_counter(), step + 1
-            named = dict(zip((f"loss_{name}" for name in chosen.terms), terms.tolist())) | (dict(mode=mode, active=active) if mode else {})
+            named = dict(zip((f"loss_{name}" for name in chosen.terms), terms.view(-1).tolist())) | (dict(mode=mode, active=active) if mode else {})
             record(event="train", step=step, loss=loss.item(), **named, lr=groups[-1]["lr"], grad_norm=norm.item(), ms_per_step=ms,
                    tokens_per_s=batch_size * seq_len / ms * 1e3)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {ms:.0f} ms/step", refresh=False)
