@@ -64,6 +64,25 @@ def table(title, head, rows):
         print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))), flush=True)
 
 
+def plot(name, title, xlabel, curves, **axes):
+    """{label: (xs, ys)} as out/NAME.png, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("  (pip install matplotlib for the curves)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for label, (xs, ys) in curves.items():
+        ax.plot(xs, ys, label=label)
+    ax.set(title=title, xlabel=xlabel, **axes)
+    ax.legend(fontsize=7)
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, f"{name}{'.quick' * quick}.png")
+    figure.savefig(path, dpi=100)
+    print(f"  curves: {path}")
+
+
 def suite_wkv():
     """The recurrence at (B,T,H,N) = (8,512,4,64), float32, and what a first use costs."""
     B, T, H, N = 8, 512, 4, 64
@@ -342,8 +361,9 @@ GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "t
             **{p: [f"--prediction_type={p}"] for p in ("epsilon", "v_prediction")}, **{s: [f"--beta_schedule={s}"] for s in ("linear", "sigmoid")},
             "a prefix is given": ["--mask_policy=suffix", "--drop_given=0"], "all is noised": ["--drop_given=1"],
             "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
-            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "film": ["--time_cond=film"],
+            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "adaln_zero": ["--time_cond=adaln_zero"],
             "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none"]}
+MASKED = ["config/shakespeare.py", "--max_iters=1400"]       # as long as config/gaussian.py takes for its 1000 steps
 
 
 def bigram_kl(x, y):
@@ -370,42 +390,52 @@ def sampled(folder, rows, length, **options):
 
 
 def suite_gaussian():
-    """Gaussian diffusion on held-out text (data_path), one part of config/gaussian.py changed at a time, beside masked diffusion with the same
-    network and steps: rounding accuracy by noise level, and the divergence of the samples' bigrams from held-out text's; the
-    number of sampling steps; milliseconds a step at N = 512, beside the attention twin."""
-    steps, runs, rows, length = (10 if quick else 600), earlier("gaussian"), 4 if quick else 64, 128
+    """Gaussian diffusion on held-out text (data_path): config/gaussian.py as it is, three seeds, beside masked diffusion of equal parameters
+    and time; then, 200 steps each, one part of it changed at a time: what rounds rightly by noise level, and the divergence of the
+    samples' bigrams from held-out text's. Milliseconds of a denoising step at N = 512, beside the attention twin."""
+    runs, rows, length = earlier("gaussian"), 4 if quick else 64, 128
     source = data.TextSource(data_path, length, "char")
     held_out = source.eval_rows(len(source.val) // length)[0]
     kl = lambda y: bigram_kl(y, held_out)
 
     def measure():
         with tempfile.TemporaryDirectory() as folder:
-            first = "config/gaussian.py" if name != "masked" else "config/shakespeare.py"
-            log = train(first, *options, f"--data_path={data_path}", f"--max_iters={steps}", "--eval_interval=100000", folder=folder,
-                        *(["--batch_size=4", "--eval_iters=1"] * quick))
-            last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
-            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), alarm=last.get("alarm", ""))
-            found |= {k: last[k] for k in ("val_loss", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
-            if name == "masked":
-                found |= {"kl, 50 steps": kl(sampled(folder, rows, length, steps=50, sampler="topk"))}
+            log = train(*options, f"--data_path={data_path}", folder=folder, *(["--batch_size=4", "--eval_iters=1", "--max_iters=10"] * quick))
+            evals, ms = [row for row in log if row["event"] == "eval"], [row["ms_per_step"] for row in log if row["event"] == "train"]
+            last = evals[-1]
+            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), minutes=statistics.mean(ms) * last["step"] / 6e4)
+            found |= {k: last[k] for k in ("round_acc_0.1", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
+            if "bits_per_char" in last:
+                for rule, n in (("topk", 50), ("first_hitting", 0)):
+                    found[f"kl, {rule}"] = kl(sampled(folder, rows, length, sampler=rule, steps=n))
             else:
-                counts = (10, 20, 50, 100, 200) if name == "mixed, x0, cosine" else (50,)
+                counts = (10, 20, 50, 100, 200) if name.endswith("seed 1337") else (50,)
                 found |= {f"kl, {n} steps": kl(sampled(folder, rows, length, steps=n)) for n in counts}
                 found["kl, ddpm"] = kl(sampled(folder, rows, length, steps=50, sampler="ddpm"))
-            found["norms"] = [round(row["grad_norm"], 3) for row in log if row["event"] == "train"]
-            found["loss"] = [round(row["loss"], 4) for row in log if row["event"] == "train"]
+                found |= dict(curve=[(row["step"], row["round_acc_0.5"]) for row in evals], alarms=sum("alarm" in row for row in evals[1:]))
         return found
-    for name in chosen(["masked", *GAUSSIAN])[:2 if quick else None]:
-        options = GAUSSIAN.get(name, [])
+    budget = {f"gaussian, seed {seed}": ["config/gaussian.py", f"--random_seed={seed}"] for seed in (1337, 1338, 1339)} | {"masked": MASKED}
+    parts = {name: ["config/gaussian.py", *changes, "--max_iters=200", "--eval_interval=40"] for name, changes in GAUSSIAN.items()}
+    for name in chosen(budget | parts) if not quick else ("gaussian, seed 1337", "masked", "mse alone"):
+        options = (budget | parts)[name]
         kept("gaussian", name, measure, runs)
-    number = lambda run, key, digits=3: f"{run[key]:.{digits}f}" if key in run else ""
+    number = lambda run, key: f"{run[key]:.3f}" if key in run else ""
     own = kl(source.train_rows(0, rows, 0, rows, 1)[0])
-    table(f"{steps} steps of 64 rows; divergence of {rows} samples' bigrams from held-out text's, nats ({rows} rows of training text: {own:.3f})",
-          ["setting", "parameters", "rounds rightly at t = 0.2", "0.5", "1", "divergence, DDIM 50", "DDPM 50", "ms a step", "alarm"],
-          [[name, f"{run['parameters'] / 1e6:.2f} M", *(number(run, f"round_acc_{t}") for t in ("0.2", "0.5", "1.0")), number(run, "kl, 50 steps"),
-            number(run, "kl, ddpm"), f"{run['ms']:.0f}", run["alarm"]] for name, run in runs.items()])
-    steps_of = runs.get("mixed, x0, cosine", {})
-    table("divergence by sampling steps", ["steps", "divergence"], [[key[4:-6], f"{v:.3f}"] for key, v in steps_of.items() if key.endswith("steps")])
+    title = f"whole runs; divergence of {rows} samples' bigrams from held-out text's, nats ({rows} rows of training text: {own:.3f})"
+    for title, names in ((title, budget), ("200 steps each, one part changed", parts)):
+        lines = []
+        for name, run in runs.items():
+            if name in names:
+                first, other = ("topk", "first_hitting") if "kl, topk" in run else ("50 steps", "ddpm")
+                keys = *(f"round_acc_{t}" for t in ("0.2", "0.5", "1.0")), f"kl, {first}", f"kl, {other}"
+                lines.append([name, f"{run['parameters'] / 1e6:.2f} M", f"{run['minutes']:.1f}", *(number(run, key) for key in keys),
+                              run.get("alarms", "")])
+        table(title, ["setting", "parameters", "minutes", "right at t = 0.2", "0.5", "1", "divergence, ddim or topk", "ddpm or one by one",
+                      "alarms"], lines)
+    first = runs.get("gaussian, seed 1337", {})
+    table("divergence by sampling steps (DDIM)", ["steps", "divergence"],
+          [[key[4:-6], f"{v:.3f}"] for key, v in first.items() if key.endswith("steps")])
+    plot("gaussian", "tokens that round rightly at t = 0.5", "step", {name: zip(*runs[name]["curve"]) for name in parts if name in runs})
     speed = denoising_speed()
     table("50 denoising steps at N = 512, batch 1, ms a step", ["network", "ms"], [[k, f"{v:.1f}"] for k, v in speed.items()])
     return {"runs": runs, "speed": speed}
