@@ -302,6 +302,7 @@ def suite_ablation():
 ONE_SIDED = ["--tie_directions=1", "--ffn_shift=before"]
 TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
         **{f"block {n}": ["--objective=block", "--direction=block", f"--block_size={n}", *ONE_SIDED] for n in (4, 16, 64)},
+        "b3d 16": ["--objective=b3d", "--direction=causal", "--block_size=16", "--ffn_shift=before"],
         "bidirectional": ["--direction=bidirectional", *ONE_SIDED], "bidirectional, ffn_shift=both": ["--direction=bidirectional"],
         "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
         "attention": ["--mixer=attention", "--dim_ffn=683", "--ffn_shift=none", "--muon_lr=0.04"],

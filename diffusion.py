@@ -33,9 +33,9 @@ class DiffusionConfig:
     latent_loss_weight: float = 1.0  # latents: of the latent's MSE
     sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, one after the other, over and over
     mode_weights: str = ""          # ... a factor on the loss of each of them, as 1,1,0.5; empty = 1 each
-    kl_weight: float = 0.1          # stage2_variational: of the KL divergence, nats a text
+    kl_weight: float = 1.0          # stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
     kl_warmup: int = 0              # ... steps over which it rises from 0
-    free_bits: float = 0.0          # ... nats of KL that each dimension has for nothing
+    free_bits: float = 0.0          # ... nats of KL a text that each dimension has for nothing
     geom_weight: float = 0.0        # ... of the distances: those between latents should follow those between texts
 
 
@@ -479,13 +479,14 @@ def stage2_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, 
     """-> the three sums (3,): reconstruction (cross-entropy of masked tokens given z), KL, geometry, each times its weight.
 
     z = mu + sigma z_eps from the encoder (reparameterised, arXiv 1312.6114); a share drop_given of the rows is masked text without
-    a latent. KL: at least free_bits a dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps.
+    a latent. KL: nats a token, at least free_bits a dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps.
     """
     mu, logvar, text = net.posterior(x, lengths)
     z = mu + (0.5 * logvar).exp() * z_eps
     out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - s[:, None]), latent_t=torch.zeros_like(s), lengths=lengths)
     nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
-    kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar).clamp_min(cfg.free_bits).sum()
+    kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar).clamp_min(cfg.free_bits).sum(1)
+    kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
     weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
     geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
     return scale * torch.stack([cfg.text_loss_weight * nats, weight * kl, cfg.geom_weight * geom])
