@@ -204,19 +204,19 @@ def build_model(cfg, source, path, saved):
     if D and asked.latent_dim != D:
         raise ValueError(f"latent_dim={asked.latent_dim}, but the latents of {source.name} have {D} dimensions: leave it at 0, or make others with "
                          f"python data.py project --dim={asked.latent_dim}")
-    if cfg.objective == "stage2_variational" and not (saved.get("model_config") or {}).get("latent_dim"):
+    was = saved.get("model_config") or {}
+    fresh = chosen.latent and not was.get("latent_dim")        # latents come to a network that has none
+    if cfg.objective == "stage2_variational" and fresh:
         raise ValueError("objective=stage2_variational goes on from a network of Stage I, with latents, which "
                          f"{path or 'init_from=scratch'} is not: give its checkpoint as --init_from")
-    if chosen.latent and not asked.latent_dim and not saved:
+    if fresh and not asked.latent_dim:
         raise ValueError(f"objective={cfg.objective} needs latents: leave use_external_latents at 1, or give latent_dim")
     if not path:
         torch.manual_seed(random_seed)
         return with_moments(nets.Denoiser(asked), source)
-    wanted = lambda k: cfg.given(k) or chosen.latent and cfg.sources[k] == f"default with objective={cfg.objective}"
-    given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if wanted(k)}
-    fresh = chosen.latent and not (saved.get("model_config") or {}).get("latent_dim")
-    if fresh:
-        given["latent_dim"] = asked.latent_dim
+    new = set(nets.ModelConfig.__dataclass_fields__ if fresh else ["latent_encoder"] * (was.get("latent_encoder") == "none"))
+    wanted = lambda k: cfg.given(k) or k in new and cfg.sources[k] == f"default with objective={cfg.objective}"
+    given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if wanted(k)} | (dict(latent_dim=asked.latent_dim) if fresh else {})
     if init_from == "resume" and train:        # what learns, not its average
         saved = {key: value for key, value in saved.items() if key != "averaged"}
     torch.manual_seed(random_seed)                 # for what the checkpoint lacks
