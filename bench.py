@@ -9,6 +9,7 @@
     python bench.py --suite=text        bits per character of ar, blocks, two-way, seeded and attention networks, three budgets
     python bench.py --suite=generate    what a generated block costs after 512 to 65,536 tokens of context
     python bench.py --suite=gaussian    Gaussian diffusion, one part of the recipe changed at a time, beside masked diffusion
+    python bench.py --suite=latent      texts with latents: both directions, Stage II, language kept, prefix against embedding diffusion
     python bench.py --suite=direction   milliseconds of one denoising step of the same
     python bench.py --suite=gpu         on a GPU: kernels against the float64 twins, their speed beside the GPU's own limits, training, generation
 """
@@ -62,6 +63,25 @@ def table(title, head, rows):
     print(f"\n{title}")
     for row in cells:
         print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))), flush=True)
+
+
+def plot(name, title, xlabel, curves, **axes):
+    """{label: (xs, ys)} as out/NAME.png, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("  (pip install matplotlib for the curves)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for label, (xs, ys) in curves.items():
+        ax.plot(xs, ys, label=label)
+    ax.set(title=title, xlabel=xlabel, **axes)
+    ax.legend(fontsize=7)
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, f"{name}{'.quick' * quick}.png")
+    figure.savefig(path, dpi=100)
+    print(f"  curves: {path}")
 
 
 def suite_wkv():
@@ -283,6 +303,7 @@ def suite_ablation():
 ONE_SIDED = ["--tie_directions=1", "--ffn_shift=before"]
 TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
         **{f"block {n}": ["--objective=block", "--direction=block", f"--block_size={n}", *ONE_SIDED] for n in (4, 16, 64)},
+        "b3d 16": ["--objective=b3d", "--direction=causal", "--block_size=16", "--ffn_shift=before"],
         "bidirectional": ["--direction=bidirectional", *ONE_SIDED], "bidirectional, ffn_shift=both": ["--direction=bidirectional"],
         "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
         "attention": ["--mixer=attention", "--dim_ffn=683", "--ffn_shift=none", "--muon_lr=0.04"],
@@ -342,15 +363,20 @@ GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "t
             **{p: [f"--prediction_type={p}"] for p in ("epsilon", "v_prediction")}, **{s: [f"--beta_schedule={s}"] for s in ("linear", "sigmoid")},
             "a prefix is given": ["--mask_policy=suffix", "--drop_given=0"], "all is noised": ["--drop_given=1"],
             "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
-            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "film": ["--time_cond=film"],
+            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "adaln_zero": ["--time_cond=adaln_zero"],
             "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none"]}
+MASKED = ["config/shakespeare.py", "--max_iters=1400"]       # as long as config/gaussian.py takes for its 1000 steps
 
 
-def bigram_kl(x, y, V):
-    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids below V, half a count added to each."""
-    p, q = (torch.bincount((z[:, :-1] * V + z[:, 1:]).flatten(), minlength=V * V).double() + 0.5 for z in (x, y))
+def bigram_kl(x, y):
+    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added to y's, for every pair of
+    tokens that occur."""
+    V = int(max(x.max(), y.max())) + 1
+    p, q = (torch.bincount((z[:, :-1] * V + z[:, 1:]).flatten(), minlength=V * V).double().view(V, V) for z in (x, y))
+    here = torch.cat([x.flatten(), y.flatten()]).unique()
+    p, q = p[here][:, here], q[here][:, here] + 0.1
     p, q = p / p.sum(), q / q.sum()
-    return (p * (p / q).log()).sum().item()
+    return torch.xlogy(p, p / q).sum().item()
 
 
 @torch.no_grad()
@@ -366,42 +392,52 @@ def sampled(folder, rows, length, **options):
 
 
 def suite_gaussian():
-    """Gaussian diffusion on held-out text (data_path), one part of config/gaussian.py changed at a time, beside masked diffusion with the same
-    network and steps: rounding accuracy by noise level, and the divergence of the samples' bigrams from held-out text's; the
-    number of sampling steps; milliseconds a step at N = 512, beside the attention twin."""
-    steps, runs, rows, length = (10 if quick else 600), earlier("gaussian"), 4 if quick else 64, 128
+    """Gaussian diffusion on held-out text (data_path): config/gaussian.py as it is, three seeds, beside masked diffusion of equal parameters
+    and time; then, 200 steps each, one part of it changed at a time: what rounds rightly by noise level, and the divergence of the
+    samples' bigrams from held-out text's. Milliseconds of a denoising step at N = 512, beside the attention twin."""
+    runs, rows, length = earlier("gaussian"), 4 if quick else 64, 128
     source = data.TextSource(data_path, length, "char")
-    held_out = source.eval_rows(rows * 4)[0]
-    kl = lambda y: bigram_kl(y, held_out, source.tokenizer.vocab_size)
+    held_out = source.eval_rows(len(source.val) // length)[0]
+    kl = lambda y: bigram_kl(y, held_out)
 
     def measure():
         with tempfile.TemporaryDirectory() as folder:
-            first = "config/gaussian.py" if name != "masked" else "config/shakespeare.py"
-            log = train(first, *options, f"--data_path={data_path}", f"--max_iters={steps}", "--eval_interval=100000", folder=folder,
-                        *(["--batch_size=4", "--eval_iters=1"] * quick))
-            last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
-            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), alarm=last.get("alarm", ""))
-            found |= {k: last[k] for k in ("val_loss", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
-            if name == "masked":
-                found |= {"kl, 50 steps": kl(sampled(folder, rows, length, steps=50, sampler="topk"))}
+            log = train(*options, f"--data_path={data_path}", folder=folder, *(["--batch_size=4", "--eval_iters=1", "--max_iters=10"] * quick))
+            evals, ms = [row for row in log if row["event"] == "eval"], [row["ms_per_step"] for row in log if row["event"] == "train"]
+            last = evals[-1]
+            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), minutes=statistics.mean(ms) * last["step"] / 6e4)
+            found |= {k: last[k] for k in ("round_acc_0.1", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
+            if "bits_per_char" in last:
+                for rule, n in (("topk", 50), ("first_hitting", 0)):
+                    found[f"kl, {rule}"] = kl(sampled(folder, rows, length, sampler=rule, steps=n))
             else:
-                counts = (10, 20, 50, 100, 200) if name == "mixed, x0, cosine" else (50,)
+                counts = (10, 20, 50, 100, 200) if name.endswith("seed 1337") else (50,)
                 found |= {f"kl, {n} steps": kl(sampled(folder, rows, length, steps=n)) for n in counts}
                 found["kl, ddpm"] = kl(sampled(folder, rows, length, steps=50, sampler="ddpm"))
-            found["norms"] = [round(row["grad_norm"], 3) for row in log if row["event"] == "train"]
-            found["loss"] = [round(row["loss"], 4) for row in log if row["event"] == "train"]
+                found |= dict(curve=[(row["step"], row["round_acc_0.5"]) for row in evals], alarms=sum("alarm" in row for row in evals[1:]))
         return found
-    for name in chosen(["masked", *GAUSSIAN])[:2 if quick else None]:
-        options = GAUSSIAN.get(name, [])
+    budget = {f"gaussian, seed {seed}": ["config/gaussian.py", f"--random_seed={seed}"] for seed in (1337, 1338, 1339)} | {"masked": MASKED}
+    parts = {name: ["config/gaussian.py", *changes, "--max_iters=200", "--eval_interval=40"] for name, changes in GAUSSIAN.items()}
+    for name in chosen(budget | parts) if not quick else ("gaussian, seed 1337", "masked", "mse alone"):
+        options = (budget | parts)[name]
         kept("gaussian", name, measure, runs)
-    number = lambda run, key, digits=3: f"{run[key]:.{digits}f}" if key in run else ""
-    own = kl(source.eval_rows(rows * 8)[0][-rows:])
-    table(f"{steps} steps of 64 rows; divergence of {rows} samples' bigrams from held-out text's, nats (the text's own: {own:.3f})",
-          ["setting", "parameters", "rounds rightly at t = 0.2", "0.5", "1", "divergence, DDIM 50", "DDPM 50", "ms a step", "alarm"],
-          [[name, f"{run['parameters'] / 1e6:.2f} M", *(number(run, f"round_acc_{t}") for t in ("0.2", "0.5", "1.0")), number(run, "kl, 50 steps"),
-            number(run, "kl, ddpm"), f"{run['ms']:.0f}", run["alarm"]] for name, run in runs.items()])
-    steps_of = runs.get("mixed, x0, cosine", {})
-    table("divergence by sampling steps", ["steps", "divergence"], [[key[4:-6], f"{v:.3f}"] for key, v in steps_of.items() if key.endswith("steps")])
+    number = lambda run, key: f"{run[key]:.3f}" if key in run else ""
+    own = kl(source.train_rows(0, rows, 0, rows, 1)[0])
+    title = f"whole runs; divergence of {rows} samples' bigrams from held-out text's, nats ({rows} rows of training text: {own:.3f})"
+    for title, names in ((title, budget), ("200 steps each, one part changed", parts)):
+        lines = []
+        for name, run in runs.items():
+            if name in names:
+                first, other = ("topk", "first_hitting") if "kl, topk" in run else ("50 steps", "ddpm")
+                keys = *(f"round_acc_{t}" for t in ("0.2", "0.5", "1.0")), f"kl, {first}", f"kl, {other}"
+                lines.append([name, f"{run['parameters'] / 1e6:.2f} M", f"{run['minutes']:.1f}", *(number(run, key) for key in keys),
+                              run.get("alarms", "")])
+        table(title, ["setting", "parameters", "minutes", "right at t = 0.2", "0.5", "1", "divergence, ddim or topk", "ddpm or one by one",
+                      "alarms"], lines)
+    first = runs.get("gaussian, seed 1337", {})
+    table("divergence by sampling steps (DDIM)", ["steps", "divergence"],
+          [[key[4:-6], f"{v:.3f}"] for key, v in first.items() if key.endswith("steps")])
+    plot("gaussian", "tokens that round rightly at t = 0.5", "step", {name: zip(*runs[name]["curve"]) for name in parts if name in runs})
     speed = denoising_speed()
     table("50 denoising steps at N = 512, batch 1, ms a step", ["network", "ms"], [[k, f"{v:.1f}"] for k, v in speed.items()])
     return {"runs": runs, "speed": speed}
@@ -421,6 +457,119 @@ def denoising_speed():
             if i:
                 seen.setdefault(name, []).append((time.perf_counter() - start) / steps * 1e3)
     return {name: statistics.median(times) for name, times in seen.items()}
+
+
+LATENT = {   # name -> the run it goes on from, and settings; a name may be anything, --only takes those names
+    "backbone": ("", ["--objective=ar", "--direction=causal", "--ffn_shift=before"]),
+    "sequential": ("", ["--objective=sequential"]), "stage1_coupling": ("", ["--objective=stage1_coupling"]),
+    "l2t": ("", ["--objective=l2t"]), "t2l": ("", ["--objective=t2l"]),
+    "latent from text": ("", ["--objective=sequential", "--latent_pred_from=text"]),
+    "latent from prefix": ("", ["--objective=sequential", "--latent_pred_from=prefix"]),
+    "from the backbone": ("backbone", ["--objective=sequential", "--predict=next", "--ffn_shift=before"]),
+    "from the backbone, frozen": ("backbone", ["--objective=sequential", "--predict=next", "--ffn_shift=before", "--freeze_backbone=1"]),
+    "embedding diffusion": ("", ["--objective=gaussian", "--self_cond=1", "--ema=0.99", "--time_cond=add"]),
+    "stage2, fixed prior": ("sequential", ["--objective=stage2_variational"]),
+    "stage2, learned prior": ("sequential", ["--objective=stage2_variational", "--latent_prior=learned"]),
+    "stage2, pooled states": ("sequential", ["--objective=stage2_variational", "--latent_encoder=rwkv_pool"]),
+    "stage2, geometry": ("sequential", ["--objective=stage2_variational", "--geom_weight=1"])}
+
+
+def suite_latent():
+    """Texts with latents (python data.py latents of data_path: 128 characters each, 32 components of their n-grams), validation split: how well
+    each is told from the other, whether samples fit, Stage II, and whether a pretrained backbone keeps its language. The runs stay in
+    OUT/local, so that those which go on from others find them."""
+    work, runs, steps, n = os.path.join(out, "local"), earlier("latent"), 10 if quick else 600, 8 if quick else 64
+    pairs = os.path.join(work, "pairs.quick" if quick else "pairs")
+    text = data_path or os.path.join(pairs, "text.txt")
+    if not data.has_pairs(pairs) and data.main(["latents", f"--data_path={data_path}", f"--out={pairs}"]):
+        raise RuntimeError("python data.py latents failed")
+    source = data.PairSource(pairs, 128)
+    projection, buckets = data.Projection(*source.projection), len(source.projection[0])
+    place = lambda name: os.path.join(work, ("quick " if quick else "") + name)
+    texts = lambda ids: [source.tokenizer.decode(row.tolist()) for row in ids]
+    ckpt = lambda name: os.path.join(place(name), "ckpt.pt")
+
+    def trained(name):
+        first, options = LATENT[name]
+        if not os.path.exists(ckpt(name)):
+            if first:
+                trained(first)
+            mine = [f"--init_from={ckpt(first)}"] * bool(first) + [f"--data_path={text if name == 'backbone' else pairs}"]
+            train("config/latent.py", *options, *mine, f"--max_iters={steps}", "--eval_interval=100000", folder=place(name),
+                  *(["--batch_size=4", "--eval_iters=2"] * quick))
+        return nets.load_checkpoint(ckpt(name))
+
+    def perplexity(saved):
+        """Of a byte, of what is left of the causal backbone, on held-out text."""
+        cfg = nets.ModelConfig(**(nets.load_checkpoint(ckpt("backbone"))["model_config"]))
+        net = nets.Denoiser(cfg).eval()
+        net.load_state_dict({k: v for k, v in saved["model"].items() if k in net.state_dict()})
+        x = data.TextSource(text, 128, "byte").eval_rows(n * 4)[0]
+        return diffusion.exact_nll(net, x, net.mask_id).mean().exp().item()
+
+    @torch.no_grad()
+    def measure():
+        saved = trained(name)
+        log = [json.loads(line) for line in open(os.path.join(place(name), "log.jsonl"))]
+        ms = statistics.median(row["ms_per_step"] for row in log if row["event"] == "train")
+        found = dict(parameters=log[0]["parameters"], active=log[0]["active"], ms=ms)
+        if name == "backbone":
+            return found | dict(perplexity=perplexity(saved))
+        net, diff, g = nets.from_pretrained(name, saved).eval(), diffusion.trained_with(saved["config"]), data.generator(1, 0, 3)
+        x, _, lengths, z = source.eval_rows(n * 2 if quick else 10**6)
+        stage2 = net.latent_encoder is not None
+        if net.cfg.gaussian:               # its cross-entropy is no bound: the mean over noise levels
+            rows, latent = x[:4 * n], diffusion.clean_latent(net, z[:4 * n])
+            for key, given in (("", latent), ("_shuffled", latent.roll(1, 0)), ("_no_latent", torch.zeros_like(latent))):
+                report, alarm = diffusion.gaussian_report(net, rows, torch.ones_like(rows, dtype=torch.bool), None, data.generator(1, 0, 2),
+                                                          diff, latent=given)
+                found |= {f"text_nats{key}": statistics.mean(v for k, v in report.items() if k.startswith("ce_")), "alarm": alarm}
+        else:
+            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), diff)
+        if "from" in name and LATENT[name][0] == "backbone":
+            found["perplexity"] = perplexity(saved)
+        mu = net.posterior(x[:n])[0] if stage2 else z[:n]
+        l2t = lambda q: texts(diffusion.sample_text_from_latent(net, q, 128, data.generator(2, 0, 3), diff, "ddim" if net.cfg.gaussian else "topk",
+                                                               steps=50, temperature=0.5))
+        truth = texts(x[:n])
+        for key, q in (("", mu), ("_shuffled", mu.roll(1, 0)), ("_no_latent", torch.zeros_like(mu))):
+            found |= {f"{metric}{key}": score for metric, score in overlap(l2t(q), truth).items()}
+        if not net.cfg.gaussian and name not in ("l2t", "t2l"):
+            ids, sampled_z = diffusion.sample_joint(net, n, 128, g, diff, 64, temperature=1.0)
+            own = torch.from_numpy(projection(data.ngrams(texts(ids), buckets)))
+            if stage2:
+                own = net.posterior(ids)[0]
+            far = torch.cdist(own, sampled_z)              # against every other sampled latent: random ones
+            nearer = (far.diagonal()[:, None] < far).sum(1) / (n - 1)
+            found |= {"joint_nearer": nearer.mean().item(), "joint_kl": bigram_kl(ids, x), "sample": texts(ids[:1])[0]}
+        return found
+    for name in chosen(LATENT)[:3 if quick else None]:
+        kept("latent", name, measure, runs)
+    number = lambda run, key, scale=1.0, digits=3: f"{scale * run[key]:.{digits}f}" if key in run else ""
+    ratio = lambda run: f"{run['latent_mse'] / run['latent_mse_of_mean']:.3f}" if "latent_mse" in run else ""
+    three = lambda run, key, digits: " / ".join(number(run, key + end, 1, digits) for end in ("", "_shuffled", "_no_latent")) if key in run else ""
+    table("texts and latents, validation split (right latent / shuffled / none)",
+          ["run", "latent MSE of mean's", "median rank, %", "text, nats a token", "BLEU", "chrF", "joint nearer, %", "bigram KL"],
+          [[name, ratio(run), number(run, "latent_rank", 100, 1), three(run, "text_nats", 3), three(run, "bleu", 1), three(run, "chrf", 1),
+            number(run, "joint_nearer", 100, 0), number(run, "joint_kl")] for name, run in runs.items() if "text_nats" in run])
+    table("Stage II", ["run", "KL, nats a text", "active units", "text, nats a token: z / none"],
+          [[name, number(run, "kl", 1, 2), run["active_units"], f"{run['text_nats']:.3f} / {run['text_nats_no_latent']:.3f}"]
+           for name, run in runs.items() if "kl" in run])
+    table("perplexity of a byte, causal backbone", ["run", "perplexity"],
+          [[name, number(run, "perplexity", 1, 2)] for name, run in runs.items() if "perplexity" in run])
+    for name, run in runs.items():
+        if "sample" in run:
+            print(f"  --- {name}: {run['sample']!r}")
+    return {"runs": runs}
+
+
+def overlap(texts, truth):
+    """BLEU and chrF of texts against the true ones, in %, by the sacrebleu package, if it is there."""
+    try:
+        import sacrebleu
+    except ImportError:
+        return {}
+    return {"bleu": sacrebleu.corpus_bleu(texts, [truth], force=True).score, "chrf": sacrebleu.corpus_chrf(texts, [truth]).score}
 
 
 def suite_generate():
@@ -649,7 +798,7 @@ def suite_gpu():
 
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
           "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate, "gaussian": suite_gaussian,
-          "gpu": suite_gpu}
+          "latent": suite_latent, "gpu": suite_gpu}
 
 
 def write(name, result):

@@ -1,7 +1,7 @@
 """Text files and synthetic tasks to batches of token ids. B batch, T time, V vocabulary.
 
-A source (TextSource, TaskSource) has a `tokenizer`, and gives rows of token ids with the positions that may be masked:
-`train_rows` for one step, `eval_rows` for the held-out part. A row depends on nothing but the seed, the step and its place in
+A source (TextSource, TaskSource, PairSource: texts with latents) has a `tokenizer`, and gives rows of token ids with the positions
+that may be masked: `train_rows` for one step, `eval_rows` for the held-out part. A row depends on nothing but the seed, the step and its place in
 the global batch, so accumulation, several processes and a resumed run all see the same data.
 
     python data.py prepare --data_path=FILE_or_FOLDER --tokenizer=byte --out=FOLDER   much text to token files, in little memory
@@ -33,7 +33,7 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -477,22 +477,146 @@ def generator(seed, step, stream):
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def make_batches(source, noise, stratified, B, device_bsz, seed, start=0, rank=0, world=1, channels=0):
-    """Endless: for each step from `start`, this process's micro-batches, a list of (x, masked, weight, lengths, eps), and the
-    denominator of its loss. Noise is drawn for the whole global batch of B rows, of which rank takes its share.
+def has_pairs(folder):
+    """Is it a folder of texts with latents?"""
+    return bool(folder) and Path(folder, f"{PAIRS[0]}_data.json").is_file()
 
-    noise: (step, maskable, t, uniform noise) -> masked, weight, denominator, as a row of diffusion.OBJECTIVES has it; stratified:
-    diffusion.stratified. lengths is None where all rows are full. eps: (B,T,channels) normal noise, None without channels.
+
+class Split(NamedTuple):
+    """One split of a PairSource."""
+    ids: np.ndarray          # (n,T) uint32
+    lengths: torch.Tensor    # (n,)
+    z: np.ndarray            # (n,D) float32
+    use: torch.Tensor        # (m,) the rows that are there whole
+
+
+class PairSource:
+    """Texts with latents, a folder of `python data.py latents`, project and tokenize. Rows are whole texts, cut to T tokens, with their
+    latents (D,) as they are in the files; a text whose entry has no latent_path has a row of zeros. All is read once, file by file, into
+    temporary files that are mapped to memory: a set may be larger than that.
+
+    use_latents=False leaves the latents out. skip_missing: entries whose latent file is missing are left out, and counted. ValueError for
+    missing, truncated or pickled files, for NaN, latents of several dimensions, and token files of another number of texts.
+    """
+    objective = "stage1_coupling"
+    chars_per_token = bytes_per_token = math.nan
+
+    def __init__(self, folder, T, tokenizer="", use_latents=True, skip_missing=False):
+        self.name, self.T = folder, T
+        file = Path(folder, "tokenizer.json")
+        if not file.is_file():
+            raise ValueError(f"{folder} has no tokens yet: python data.py tokenize --data_path={folder}")
+        self.tokenizer = agreed(tokenizer, json.loads(file.read_text()), folder)
+        self.train, self.val = (self.read(folder, split, use_latents, skip_missing) for split in PAIRS)
+        self.latent_dim = self.train.z.shape[1]
+        if self.val.z.shape[1] != self.latent_dim or not len(self.train.use) or not len(self.val.use):
+            raise ValueError(f"{folder}: {len(self.train.use)} training texts with latents of {self.latent_dim} dimensions, {len(self.val.use)} for "
+                             f"validation with {self.val.z.shape[1]}: both must have texts, and latents of one dimension")
+        file = Path(folder, "projection.npz")
+        self.projection = load_array(file, Projection._fields) if file.is_file() and use_latents else None
+
+    def read(self, folder, split, use_latents, skip_missing):
+        """-> ids (n,T) uint32, lengths (n,), latents (n,D) float32, and which of the n rows to use: a Split."""
+        entries = read_entries(folder, split)
+        n, at, use, files = len(entries), 0, np.ones(len(entries), bool), sorted(Path(folder, split).glob("*.npz"))
+        ids, lengths, z, lacking = mapped((n, self.T), np.uint32), np.zeros(n, np.int64), None, 0
+        for f in files:
+            x, mask = load_array(f, ("input_ids", "attention_mask"))
+            mask = mask.astype(bool)
+            if x.shape != mask.shape or x.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any():
+                raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be (texts, tokens), padded at the end")
+            if mask.any() and (most := x[mask].max()) >= self.tokenizer.vocab_size:
+                raise past_vocabulary(f, most, int((x == most).argmax()), self.tokenizer.vocab_size)
+            if at + len(x) <= n:
+                ids[at:at + len(x), :x.shape[1]] = (x * mask)[:, :self.T]
+                lengths[at:at + len(x)] = mask[:, :self.T].sum(1)
+            at += len(x)
+        if at != n:
+            raise ValueError(f"{folder}/{split} holds tokens of {at} texts, {split}_data.json has {n}: "
+                             f"python data.py tokenize --data_path={folder}")
+        for at in range(0, n, SHARD) if use_latents else ():
+            mine = [at + i for i, e in enumerate(entries[at:at + SHARD]) if e.get("latent_path")]
+            kept, vectors, missing = read_vectors(folder, [entries[i] for i in mine], skip_missing)
+            there = {id(e) for e in kept}
+            use[[i for i in mine if id(entries[i]) not in there]] = False
+            if len(vectors):
+                z = mapped((n, vectors.shape[1]), np.float32) if z is None else z
+                if z.shape[1] != vectors.shape[1]:
+                    raise ValueError(f"{folder}: latents of {z.shape[1]} and of {vectors.shape[1]} dimensions: give one")
+                z[[i for i in mine if use[i]]] = vectors
+            lacking += missing
+        if lacking:
+            print(f"{folder}: {lacking} of {n} {split} texts are left out, their latent files are missing")
+        z = np.zeros((n, 0), np.float32) if z is None else z
+        return Split(ids, torch.from_numpy(lengths), z, torch.from_numpy(use & (lengths > 0)).nonzero()[:, 0])
+
+    def rows(self, part, index):
+        """-> ids (n,T) int64, maskable (n,T) bool, lengths (n,) or None where all rows are full, latents (n,D)."""
+        index = part.use[index]
+        lengths = part.lengths[index]
+        longest = int(lengths.max())
+        x = torch.from_numpy(part.ids[index.numpy(), :longest].astype(np.int64))
+        return x, torch.arange(longest) < lengths[:, None], None if lengths.min() == longest else lengths, torch.from_numpy(part.z[index.numpy()])
+
+    def train_rows(self, step, B, lo, hi, seed):
+        """Rows lo..hi of the global batch of B, drawn at random."""
+        return self.rows(self.train, torch.randint(len(self.train.use), (B,), generator=generator(seed, step, 1))[lo:hi])
+
+    def eval_rows(self, n, seed=None):
+        """n texts spread evenly over the validation split (all, if it has fewer): always the same."""
+        size = len(self.val.use)
+        return self.rows(self.val, torch.linspace(0, size - 1, min(n, size)).long())
+
+    def moments(self):
+        """-> mean (D,) of the training latents, and the root of their mean variance, over those that are there."""
+        first, second, n = 0.0, 0.0, 0
+        for index in self.train.use.split(SHARD):
+            z = self.train.z[index.numpy()].astype(np.float64)
+            z = z[(z != 0).any(1)]
+            first, second, n = first + z.sum(0), second + (z**2).sum(0), n + len(z)
+        mean = first / max(1, n)
+        return torch.as_tensor(mean, dtype=torch.float32), torch.tensor(max(1e-12, float((second / max(1, n) - mean**2).mean())) ** 0.5)
+
+
+def mapped(shape, kind):
+    """An array in an unnamed temporary file, which the system drops when nobody uses it any more."""
+    return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B rows of T tokens; None where there is no such thing."""
+    x: torch.Tensor                         # (B,T) ids
+    masked: torch.Tensor                    # (B,T) bool, what the loss is about
+    weight: torch.Tensor                    # (B,T) of the cross-entropies; Gaussian diffusion: noise levels
+    lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
+    eps: Optional[torch.Tensor] = None      # (B,T,C) normal noise for embeddings
+    z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
+    s: Optional[torch.Tensor] = None        # (B,) their noise levels
+    z_eps: Optional[torch.Tensor] = None    # (B,D) normal noise for them
+
+
+def make_batches(source, noise, stratified, B, device_bsz, seed, start=0, rank=0, world=1, channels=0, latent_dim=0):
+    """Endless: for each step from `start`, this process's micro-batches, a list of Batch, and the denominator(s) of its loss. Noise
+    is drawn for the whole global batch of B rows, of which rank takes its share.
+
+    noise: (step, maskable, t, uniform noise, and with latent_dim z, s) -> masked, weight, denominator, and with latent_dim z, s, as a row
+    of diffusion.OBJECTIVES has it; stratified: diffusion.stratified. eps: with `channels`. z, s, z_eps: with latent_dim, zeros where
+    the source has no latents.
     """
     lo, hi = rank * B // world, (rank + 1) * B // world
     for step in itertools.count(start):
-        x, maskable, lengths = source.train_rows(step, B, lo, hi, seed)
+        x, maskable, lengths, *z = source.train_rows(step, B, lo, hi, seed)
         g = generator(seed, step, 0)
         t, u = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi, :x.shape[1]]
-        masked, weight, denominator = noise(step, maskable, t, u)
-        weight = torch.as_tensor(weight).expand(masked.shape)
         eps = torch.randn(B, source.T, channels, generator=g)[lo:hi, :x.shape[1]] if channels else None
-        yield list(split(device_bsz, x, masked, weight, lengths, eps)), denominator
+        latent, z_eps = (), None
+        if latent_dim:
+            z = z[0] if z and z[0].shape[1] else x.new_zeros(hi - lo, latent_dim, dtype=torch.float32)
+            latent = z, stratified(B, g)[torch.randperm(B, generator=g)][lo:hi]
+            z_eps = torch.randn(B, latent_dim, generator=g)[lo:hi]
+        masked, weight, denominator, *latent = noise(step, maskable, t, u, *latent)
+        weight = torch.as_tensor(weight).expand(masked.shape)
+        yield [Batch(*part) for part in split(device_bsz, x, masked, weight, lengths, eps, *(latent or (None, None)), z_eps)], denominator
 
 
 def split(n, *tensors):
@@ -707,10 +831,10 @@ def load_array(path, keys=None):
         return found if keys is None else [found[key] for key in keys]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except KeyError as e:
-        raise ValueError(f"{path} lacks {e}: give a file with {', '.join(keys)}") from None
+    except (KeyError, IndexError):         # no such array in the file, or a .npy under another name
+        raise ValueError(f"{path} must hold {' and '.join(keys)}: make it again") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        why = "it holds pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
+        why = "it is no array, or one of pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
         raise ValueError(f"{path} cannot be read: {why}") from None
 
 

@@ -7,7 +7,7 @@ before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. R
 """
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -26,8 +26,17 @@ class DiffusionConfig:
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE of the prediction; mixed = and token_loss_weight * cross-entropy; tokens = that alone
     token_loss_weight: float = 1.0  # gaussian: of the cross-entropy of the predicted x_0 against the embeddings
-    drop_given: float = 0.1         # gaussian: share of rows noised whole, nothing of them given, so that guidance has something to compare with
+    drop_given: float = 0.1         # gaussian, latents: share of rows without their condition, so that guidance has something to compare with
     noise_levels: str = "1"         # gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
+    latent_noise_shift: float = 1.0  # latents: as noise_shift; their schedule, steps and prediction are those of the Gaussian settings
+    text_loss_weight: float = 1.0   # latents: of the text's cross-entropy
+    latent_loss_weight: float = 1.0  # latents: of the latent's MSE
+    sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, one after the other, over and over
+    mode_weights: str = ""          # ... a factor on the loss of each of them, as 1,1,0.5; empty = 1 each
+    kl_weight: float = 1.0          # stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
+    kl_warmup: int = 0              # ... steps over which it rises from 0
+    free_bits: float = 0.0          # ... nats of KL a text that each dimension has for nothing
+    geom_weight: float = 0.0        # ... of the distances: those between latents should follow those between texts
 
 
 def trained_with(config):
@@ -132,13 +141,15 @@ def digits(noise):
     return noise * 4096 % 1
 
 
-def gaussian_noise(maskable, t, noise, cfg, n):
+def gaussian_noise(maskable, t, noise, cfg, n, z=None, s=None):
     """Gaussian noise instead of masks; the weight is each token's noise level, 0 for what is given. Given is what may not be masked; in
-    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole."""
+    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole, and has no latent:
+    with latents z (B,D), given clean, those are returned, too, and their levels s."""
     dropped = digits(noise[:, :1]) < cfg.drop_given
     text = maskable.all(1, keepdim=True)
     masked = maskable & (~text | dropped | (together(noise, maskable, cfg) < digits(noise[:, -1:])))
-    return masked, t[:, None] * (masked | dropped), masked.sum()
+    latent = () if z is None else (z * ~dropped, torch.zeros_like(s))
+    return masked, t[:, None] * (masked | dropped), masked.sum(), *latent
 
 
 # ---- logits: (denoise, x (B,T), masked (B,T), mask_id, n, lengths) -> (B,T,V), what an objective predicts each token with ----
@@ -311,16 +322,16 @@ def embedded(x, t, eps, table, cfg):
     return x0, a * x0 + s * eps
 
 
-def gaussian_terms(net, x, t, eps, cfg, lengths=None):
+def gaussian_terms(net, x, t, eps, cfg, **options):
     """Per token (B,T): {"mse": ..., "ce": ...} of the terms that cfg.diffusion_mode has, and the logits. Half the rows of a network that takes
-    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202)."""
+    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths, latent."""
     table = net.table()
     x0, x_t = embedded(x, t, eps, table, cfg)
     before = None
     if net.cfg.self_cond:
         with torch.no_grad():
-            before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
-    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+            before = estimate(net, x_t, t, table, cfg, **options)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
+    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, before=before, **options)
     terms = {}
     if vector is not None:                 # the embeddings must not move towards what is easily predicted: that is how they collapse
         terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, a, s)).square().mean(-1)
@@ -329,9 +340,11 @@ def gaussian_terms(net, x, t, eps, cfg, lengths=None):
     return terms, logits
 
 
-def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, cfg=None):
-    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T)."""
-    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths)
+def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None):
+    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T); z (B,D): clean latents
+    as in the files, given (their levels s are 0)."""
+    options = {} if z is None else dict(latent=net.latent_prefix.normalise(z))
+    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths=lengths, **options)
     scale = {"mse": 1.0, "ce": cfg.token_loss_weight if len(terms) > 1 else 1.0}
     return sum(scale[name] * term[masked].sum() for name, term in terms.items())
 
@@ -340,20 +353,20 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @torch.no_grad()
-def gaussian_report(net, x, masked, lengths, generator, cfg):
+def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number}, alarm or "").
 
     At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine, the
     distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw embeddings and
-    their largest mean cosine. val_loss is the mean over the levels.
+    their largest mean cosine. val_loss is the mean over the levels. latent: latent=(B,D), normalised, to be given.
     """
     table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
         t = level * masked.float()
         eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
         _, x_t = embedded(x, t, eps, table, cfg)
-        before = estimate(net, x_t, t, table, cfg, lengths=lengths)[0] if net.cfg.self_cond else None
-        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before)
+        before = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent)[0] if net.cfg.self_cond else None
+        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before, **latent)
         token = logits.argmax(-1)
         terms = {}
         if vector is not None:
@@ -382,6 +395,177 @@ def gaussian_report(net, x, masked, lengths, generator, cfg):
     return {"val_loss": sum(losses) / len(losses), **found}, alarm
 
 
+# ---- text and latent: a vector z beside the text, with a noise level of its own (UniDiffuser, arXiv 2303.06555) ----
+
+
+class Coupling(NamedTuple):
+    """What a mode noises, and therefore learns to predict."""
+    text: bool
+    latent: bool
+    unused: str = ""     # a regular expression: the parameters that this mode does not use, frozen while it runs
+
+
+COUPLINGS = {"stage1_coupling": Coupling(True, True), "l2t": Coupling(True, False, r"^latent_head\."),
+             "t2l": Coupling(False, True, r"^head\."), "stage2_variational": Coupling(True, False, r"^latent_head\.")}
+
+
+def latent_noise(maskable, t, noise, cfg, n, z, s, mode):
+    """As the other rows of noise, with z (B,D), rows of zeros where there is none, and its level s (B,) -> masked, weight, the two
+    denominators, z, s: what is dropped (drop_given) has z = 0 if it is the latent, all masks if it is the text."""
+    masked, weight, _ = masked_mean(maskable, t, noise, cfg, n)
+    dropped, has = digits(s) < cfg.drop_given, (z != 0).any(-1)
+    if not COUPLINGS[mode].text:
+        masked = maskable & dropped[:, None]
+    else:
+        z = z * ~dropped[:, None]
+        has = has & ~dropped
+    s = s if COUPLINGS[mode].latent else torch.zeros_like(s)
+    return masked, weight, torch.stack([masked.sum(), has.sum()]), z, s
+
+
+def stage2_noise(maskable, t, noise, cfg, n, z, s, mode):
+    """The text alone is masked, z comes from the encoder; s carries which rows go without it. Denominators: masked tokens, rows, rows."""
+    masked, weight, count = masked_mean(maskable, t, noise, cfg, n)
+    return masked, weight, torch.stack([count, *[torch.tensor(len(t))] * 2]), z, (digits(s) < cfg.drop_given).float()
+
+
+def latent_cfg(cfg):
+    """The Gaussian settings for a latent."""
+    return replace(cfg, noise_shift=cfg.latent_noise_shift)
+
+
+def estimate_latent(net, x, z_t, s, cfg, lengths=None):
+    """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0 (B,D)."""
+    a, b = (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
+    out = net(x, latent=a * z_t, latent_t=s, lengths=lengths)
+    return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
+
+
+def latent_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None, mode=None, scale=1.0, step=0):
+    """-> the two sums (2,): cross-entropy of masked tokens and squared error of latents (mean over D), each times its weight and `scale`.
+
+    z (B,D) latents as in the files, s (B,) their levels, 0 for clean, z_eps (B,D) normal noise; the latter two from latent_noise.
+    """
+    z = net.latent_prefix.normalise(z)
+    has = (z != 0).any(-1)
+    a, b = (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
+    z_t = (a * z + b * z_eps) * has[:, None]
+    out = net(mask_tokens(x, masked, net.mask_id), latent=a * z_t, latent_t=s, lengths=lengths)
+    text = latent = out.logits.new_zeros(())
+    if COUPLINGS[mode].text:
+        text = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+    if COUPLINGS[mode].latent:
+        target = PREDICTIONS[cfg.prediction_type].target(z, z_eps, a, b)
+        latent = (out.latent - target).square().mean(-1)[has].sum()
+    return scale * torch.stack([cfg.text_loss_weight * text, cfg.latent_loss_weight * latent])
+
+
+def kl_divergence(mu, logvar, prior_mu, prior_logvar):
+    """KL of diagonal Gaussians, nats a dimension (B,D): arXiv 1312.6114, app. B, for any prior."""
+    return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + (mu - prior_mu).square() / prior_logvar.exp() - 1)
+
+
+def geometry(z, text):
+    """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its mean: (B,), the mean squared
+    difference of a row's distances to the others. 0 if and only if they are in proportion."""
+    if len(z) < 3:
+        return z.new_zeros(len(z))
+    away = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    dist = lambda q: (d := (q[:, None] - q[None]).square().sum(-1).add(1e-9).sqrt()) / d[away].mean()
+    return ((dist(z) - dist(text)).square() * away).sum(1) / (len(z) - 1)
+
+
+def stage2_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None, mode=None, scale=1.0, step=0):
+    """-> the three sums (3,): reconstruction (cross-entropy of masked tokens given z), KL, geometry, each times its weight.
+
+    z = mu + sigma z_eps from the encoder (reparameterised, arXiv 1312.6114); a share drop_given of the rows is masked text without
+    a latent. KL: nats a token, at least free_bits a dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps.
+    """
+    mu, logvar, text = net.posterior(x, lengths)
+    z = mu + (0.5 * logvar).exp() * z_eps
+    out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - s[:, None]), latent_t=torch.zeros_like(s), lengths=lengths)
+    nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+    kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar).clamp_min(cfg.free_bits).sum(1)
+    kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
+    weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
+    geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
+    return scale * torch.stack([cfg.text_loss_weight * nats, weight * kl, cfg.geom_weight * geom])
+
+
+def read_schedule(cfg):
+    """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or other numbers of weights."""
+    parts = [part.split(":") for part in cfg.sequential_schedule.split(",")]
+    for part in parts:
+        if len(part) != 2 or part[0] not in COUPLINGS or part[0].startswith("stage2") or not part[1].isdigit() or not int(part[1]):
+            raise ValueError(f"sequential_schedule: {':'.join(part)!r} is not allowed: give MODE:STEPS, as stage1_coupling:2,l2t:1,t2l:1")
+    try:
+        weights = [float(w) for w in cfg.mode_weights.split(",")] if cfg.mode_weights else [1.0] * len(parts)
+    except ValueError:
+        weights = []
+    if len(weights) != len(parts) or min(weights) < 0:
+        raise ValueError(f"mode_weights={cfg.mode_weights!r}: give a number for each of the {len(parts)} parts of sequential_schedule")
+    return [(mode, int(steps), weight) for (mode, steps), weight in zip(parts, weights)]
+
+
+def mode_at(step, objective, cfg):
+    """-> the mode of a step, and the factor on its loss."""
+    if objective != "sequential":
+        return objective, 1.0
+    schedule = read_schedule(cfg)
+    step %= sum(steps for _, steps, _ in schedule)
+    for mode, steps, weight in schedule:
+        if step < steps:
+            return mode, weight
+        step -= steps
+
+
+def ragged_count(lengths, T, generator):
+    """exact_count for rows of different lengths: masks and weights (B,T), a row's masked tokens weighing 1 / their number."""
+    B = len(lengths)
+    k = (stratified(B, generator) * lengths).ceil().clamp(min=1)
+    noise = torch.rand(B, T, generator=generator).masked_fill(torch.arange(T) >= lengths[:, None], 2)
+    masked = noise.argsort(1).argsort(1) < k[:, None]
+    return masked, masked / k[:, None]
+
+
+@torch.no_grad()
+def latent_report(net, x, lengths, z, generator, cfg, n=64):
+    """What tells how text and latents hang together, on rows x (B,T) with latents z (B,D), n at a time -> {name: number}.
+
+    text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. latent_mse: of the latent
+    predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the median share of rows whose latent is
+    nearer to the prediction than the text's own. With a Stage II encoder z is its mu: kl, in nats a text; active_units, the dimensions
+    whose mu varies by more than 0.01 over texts (arXiv 1509.00519, section 4.2) instead of the latent's errors.
+    """
+    B, T = x.shape
+    parts = lambda *q: zip(*(p.split(n) for p in q))
+    real = torch.full((B,), T) if lengths is None else lengths.cpu()
+    given = lambda m: None if lengths is None else m
+    found = {}
+    if net.latent_encoder is not None:
+        q = [net.posterior(a, given(m))[:2] for a, m in parts(x, real.to(x.device))]
+        mu, logvar = (torch.cat(part) for part in zip(*q))
+        kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
+        found |= {"kl": kl.sum(1).mean().item(), "active_units": int((mu.var(0) > 0.01).sum()), "kl_largest": kl.mean(0).max().item()}
+        z = mu
+    else:
+        z = net.latent_prefix.normalise(z)
+        noise = torch.randn(z.shape, generator=generator).to(x.device)
+        one = x.new_ones(B, dtype=torch.float32)
+        z0 = torch.cat([estimate_latent(net, a, e, s, cfg, given(m))[1] for a, e, s, m in parts(x, noise, one, real.to(x.device))])
+        far = torch.cdist(z0, z)
+        std = net.latent_prefix.std.item()
+        found |= {"latent_mse": (z0 - z).square().mean().item() * std**2, "latent_mse_of_mean": z.square().mean().item() * std**2,
+                  "latent_rank": ((far < far.diagonal()[:, None]).sum(1).float().median() / B).item()}
+    masked, weight = (q.to(x.device) for q in ragged_count(real, T, generator))
+    seen = mask_tokens(x, masked, net.mask_id)
+    for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
+        nats = torch.cat([summed(net(a, latent=c, lengths=given(m)).logits, b, w)
+                          for a, b, c, w, m in parts(seen, x, latent, weight, real.to(x.device))])
+        found |= {f"text_nats{name}": nats.mean().item(), f"text_nats{name}_se": (nats.std() / B**0.5).item()}
+    return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
+
+
 class Objective(NamedTuple):
     noise: Callable
     logits: Optional[Callable] = None
@@ -390,6 +574,8 @@ class Objective(NamedTuple):
     causal: bool = False          # is it for networks that see only what is before?
     text: bool = False            # is it for text only, since a task has its own?
     gaussian: bool = False        # noise on embeddings instead of masks?
+    latent: Optional[Callable] = None    # with latents: its loss
+    terms: tuple = ()             # ... the names of its terms
 
 
 b3d_bound = functools.partial(block_bound, logits=b3d_logits)
@@ -398,7 +584,10 @@ OBJECTIVES = {"masked_mean": Objective(masked_mean, whole_logits, whole_bound), 
               "ar": Objective(everything, next_logits, exact_nll, "ar", causal=True, text=True),
               "block": Objective(blockwise, block_logits, block_bound, "block", text=True),
               "b3d": Objective(blockwise, b3d_logits, b3d_bound, "block", causal=True, text=True),
-              "gaussian": Objective(gaussian_noise, sampler="ddim", gaussian=True)}
+              "gaussian": Objective(gaussian_noise, sampler="ddim", gaussian=True),
+              **{mode: Objective(latent_noise, latent=latent_loss, terms=("text", "latent"), text=True)
+                 for mode in ("stage1_coupling", "l2t", "t2l", "sequential")},
+              "stage2_variational": Objective(stage2_noise, latent=stage2_loss, terms=("text", "kl", "geom"), text=True)}
 CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES), "beta_schedule": BETA_SCHEDULES,
            "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
@@ -579,32 +768,41 @@ def normal(like, generator):
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
+def check_guidance(guidance, cfg):
+    if guidance != 1 and not cfg.drop_given:
+        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
+                         "leave guidance at 1")
+
+
+def descent(cfg, steps):
+    """The noise levels of `steps` steps from 1 to 0, with the abar of each: two lists. ValueError for more than cfg.diffusion_steps."""
+    if cfg.diffusion_steps and steps > cfg.diffusion_steps:
+        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: give at most those")
+    levels = [i / steps for i in range(steps, -1, -1)]
+    if cfg.diffusion_steps:
+        levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
+    return levels, abar(torch.tensor(levels), cfg).tolist()
+
+
 def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50, eta=0.0, clamp=False, guidance=1.0, temperature=0.0, top_k=0,
-                    top_p=1.0, lengths=None, watch=None, **unused):
+                    top_p=1.0, lengths=None, watch=None, latent=None, **unused):
     """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network sees them
     without noise.
 
     net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t, at most cfg.diffusion_steps.
     clamp: every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: as in `guided`, on
-    x_0, the unconditional side having what is given noised, too. temperature 0 rounds to the nearest embedding, otherwise tokens
+    x_0, the unconditional side having what is given noised, too, and no latent. temperature 0 rounds to the nearest embedding, otherwise tokens
     are drawn from the last estimate's logits (top_k, top_p).
     """
-    if cfg.diffusion_steps and steps > cfg.diffusion_steps:
-        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: give at most those")
-    if guidance != 1 and not cfg.drop_given:
-        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
-                         "leave guidance at 1")
+    check_guidance(guidance, cfg)
+    levels, share = descent(cfg, steps or 50)
     table = net.table()
     given, clean = known.unsqueeze(-1), F.embedding(x.masked_fill(~known, 0), table)
     x_t = normal(clean, generator)
     before = before_free = None
-    levels = [i / (steps or 50) for i in range(steps or 50, -1, -1)]
-    if cfg.diffusion_steps:
-        levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
-    for t, s in zip(levels, levels[1:]):
-        at, as_ = abar(torch.tensor([t, s]), cfg).tolist()
+    for t, s, at, as_ in zip(levels, levels[1:], share, share[1:]):
         level = x_t.new_full(x.shape, t)
-        options = dict(lengths=lengths, before=before)
+        options = dict(lengths=lengths, before=before) | ({} if latent is None else dict(latent=latent))
         x0, logits, *_ = estimate(net, torch.where(given, clean, x_t), level.masked_fill(known, 0), table, cfg, **options)
         if net.cfg.self_cond:
             before = x0
@@ -624,8 +822,110 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50,
 
 GAUSSIAN_STEPS = {"ddpm": ddpm, "ddim": ddim}
 
-SAMPLERS = {rule.__name__: functools.partial(decode, rule) for rule in (confidence, topk, ancestral, first_hitting)}
+DECISIONS = {rule.__name__: rule for rule in (confidence, topk, ancestral, first_hitting)}
+SAMPLERS = {name: functools.partial(decode, rule) for name, rule in DECISIONS.items()}
 SAMPLERS |= {"block": block, "ar": ar} | {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
+
+
+# ---- text and latent. net: a Denoiser with latents; z (B,D) as in the files trained on ----
+
+
+def clean_latent(net, z):
+    """Latents z (B,D) -> as the network takes them, normalised. ValueError for another dimension."""
+    if z.shape[1:] != net.latent_prefix.mean.shape:
+        raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{len(net.latent_prefix.mean)})")
+    return z if net.latent_encoder is not None else net.latent_prefix.normalise(z)      # an encoder's are normalised already
+
+
+def with_latent(net, z, guidance=1.0):
+    """The network as a sampler's `denoise`, with the normalised clean latents z (B,D) before every row; guidance as in `guided`, the
+    unconditional side without a latent."""
+    def denoise(x, lengths=None, **options):
+        if guidance == 1:
+            return net(x, latent=z, lengths=lengths, **options)
+        twice = lambda q: q if q is None else torch.cat([q, q])
+        cond, free = net(twice(x), latent=torch.cat([z, torch.zeros_like(z)]), lengths=twice(lengths), **options).logits.chunk(2)
+        return Logits(free + guidance * (cond - free))
+    return denoise
+
+
+def sample_text_from_latent(net, z, length, generator, cfg, sampler="confidence", guidance=1.0, x=None, known=None, **options):
+    """L2T: latents z (B,D) -> token ids (B,length), by a row of SAMPLERS with its options (steps, temperature, top_k, top_p, watch).
+
+    x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension, for guidance on a network
+    trained with drop_given=0.
+    """
+    check_guidance(guidance, cfg)
+    z = clean_latent(net, z)
+    if x is None:
+        x = torch.full((len(z), length), net.mask_id, device=z.device)
+        known = torch.zeros_like(x, dtype=torch.bool)
+    if sampler in GAUSSIAN_STEPS:
+        return SAMPLERS[sampler](net, x, known, net.mask_id, generator, cfg=cfg, guidance=guidance, latent=z, **options)
+    return SAMPLERS[sampler](with_latent(net, z, guidance), x, known, net.mask_id, generator, **options)
+
+
+def sample_latent_from_text(net, x, generator, cfg, steps=50, eta=0.0, guidance=1.0, temperature=1.0, lengths=None):
+    """T2L: token ids x (B,T), rows of `lengths` (B,) tokens if given -> a sampled latent of each, (B,D), by DDIM.
+
+    temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: as in `guided`, the
+    unconditional side having the text masked. A Stage II network samples q(z|x), whose deviation temperature scales.
+    """
+    check_guidance(guidance, cfg)
+    noise = torch.randn(len(x), len(net.latent_prefix.mean), generator=generator).to(x.device)
+    if net.latent_encoder is not None:
+        mu, logvar, _ = net.posterior(x, lengths)
+        return mu + temperature * (0.5 * logvar).exp() * noise
+    z_t, (levels, share) = temperature * noise, descent(latent_cfg(cfg), steps)
+    for t, after, at, as_ in zip(levels, levels[1:], share, share[1:]):
+        s = z_t.new_full((len(x),), t)
+        z0 = estimate_latent(net, x, z_t, s, cfg, lengths)[1]
+        if guidance != 1:
+            free = estimate_latent(net, torch.full_like(x, net.mask_id), z_t, s, cfg, lengths)[1]
+            z0 = free + guidance * (z0 - free)
+        z_t = ddim(z0, z_t, at, as_, eta, generator) if after else z0
+    return net.latent_prefix.restore(z_t)
+
+
+def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="topk", eta=0.0, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
+                 threshold=0.95, watch=None):
+    """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls.
+
+    lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to clean at one pace; between,
+    the latent is that much ahead. rule: confidence, topk, ancestral or first_hitting, which tokens are kept. guidance: each against
+    a network that sees nothing of the other. A Stage II network draws z from its prior, then the text from z.
+    """
+    device, D = net.latent_prefix.mean.device, len(net.latent_prefix.mean)
+    x = torch.full((rows, length), net.mask_id, device=device)
+    z_t = torch.randn(rows, D, generator=generator).to(device)
+    if net.latent_encoder is not None:
+        z = net.latent_prior.sample(z_t)
+        return sample_text_from_latent(net, z, length, generator, cfg, rule, guidance, steps=steps, temperature=temperature, top_k=top_k,
+                                       top_p=top_p, watch=watch), z
+    check_guidance(guidance, cfg)
+    for i in range(steps):
+        (s, s_next), (_, t_next) = zip(*((min(1.0, max(0.0, 1 - u)), min(1.0, max(0.0, 1 - (u - lead)))) for u in
+                                         ((1 + lead) * i / steps, (1 + lead) * (i + 1) / steps)))
+        level = z_t.new_full((rows,), s)
+        out, z0 = estimate_latent(net, x, z_t, level, cfg)
+        logits = out.logits
+        if guidance != 1:
+            noise = torch.randn(rows, D, generator=generator).to(device)
+            blind = estimate_latent(net, x, noise, torch.ones_like(level), cfg)[0].logits
+            alone = estimate_latent(net, torch.full_like(x, net.mask_id), z_t, level, cfg)[1]
+            logits, z0 = blind + guidance * (logits - blind), alone + guidance * (z0 - alone)
+        masked = x == net.mask_id
+        pace = (masked.sum(1) - math.ceil(length * t_next - 1e-6)).clamp_min(0)
+        if bool(pace.any()):
+            token, sure = draw(logits, temperature, top_k, top_p, generator)
+            fresh = masked & (DECISIONS[rule](sure, masked, pace, steps - i, generator, threshold) if i + 1 < steps else masked)
+            x = torch.where(fresh, token, x)
+            if watch:
+                watch(x, fresh)
+        if s:
+            at, as_ = abar(torch.tensor([s, s_next]), latent_cfg(cfg)).tolist()
+            z_t = ddim(z0, z_t, at, as_, eta, generator) if s_next else z0
+    return x, net.latent_prefix.restore(z_t)
 
 
 def extend(denoise, prompt, n, length, mask_id, generator, sampler="confidence", **options):

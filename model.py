@@ -35,6 +35,12 @@ class ModelConfig:
     time_inputs: int = 1            # noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
     self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
+    predict: str = "same"           # a token is predicted where it stands, or where the one before it stands, as AR networks learned to
+    latent_dim: int = 0             # D, numbers in a latent; 0 = what the data has, without latents none
+    latent_prefix_len: int = 4      # P, prefix tokens a latent enters as
+    latent_pred_from: str = "both"  # what a latent is predicted from: the text's outputs, the prefix's, or both
+    latent_encoder: str = "none"    # Stage II: q(z|x) from the mean of the text's outputs (mlp) or from the layers' final states (rwkv_pool)
+    latent_prior: str = "fixed"     # Stage II: p(z), N(0, 1) or learned mean and variance
     norm: str = "layer"             # the norms before mixers and at the end
     tie_embeddings: bool = False    # the head is the token embedding
     ffn_shift: str = "before"       # token shift in the channel mix: none; from the token before; both = half the channels from each side
@@ -68,7 +74,7 @@ def state_bytes(state):
 class Output(NamedTuple):
     logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
     hidden: Tensor             # (B,T,C), after the last norm
-    latent: Optional[Tensor]   # (B,D) where the model has a latent head
+    latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
     vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
     state: list                # one LayerState a layer, after the last token
 
@@ -285,7 +291,7 @@ class RWKV7(Scan7):
     def forward(self, x, state, shared):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
         scan = dict(scan=lambda *z: self.scan(*z, s0, shared)) if shared.seeded else dict(s0=s0, every=shared.every)
-        y, s, v = self.mix(x, last, shared.valid, shared.v_first.get("forward"), **scan)
+        y, s, v = self.mix(shared.shifted(x), last, shared.valid, shared.v_first.get("forward"), **scan)
         shared.v_first.setdefault("forward", v)
         if shared.every:
             s = s[:, :-(-shared.T // shared.every)].flatten(0, 1)
@@ -415,10 +421,97 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
+# ---- latents: a vector beside the text ----
+
+class LatentPrefix(nn.Module):
+    """A latent as P prefix tokens, each with its own type embedding. Holds the mean and the scale of the latents trained on."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.project = nn.Linear(cfg.latent_dim, cfg.latent_prefix_len * cfg.n_embd)
+        self.type_emb = nn.Parameter(torch.randn(cfg.latent_prefix_len, cfg.n_embd))
+        self.register_buffer("mean", torch.zeros(cfg.latent_dim))
+        self.register_buffer("std", torch.ones(()))        # one for all dimensions: distances stay in proportion
+
+    def forward(self, z):
+        """z (B,D), noisy -> (B,P,C)."""
+        return self.project(z).unflatten(-1, self.type_emb.shape) + self.type_emb
+
+    def normalise(self, z):
+        """Latents (B,D) as they are in files -> of mean 0 and mean variance 1; rows of zeros, which stand for no latent, stay so."""
+        return (z - self.mean) / self.std * (z != 0).any(-1, keepdim=True)
+
+    def restore(self, z):
+        """The way back."""
+        return z * self.std + self.mean
+
+
+class LatentHead(nn.Module):
+    """What the network predicts of the latent: from the mean of the text's outputs, from the prefix's, or from both."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, P = cfg.n_embd, cfg.latent_prefix_len
+        self.text, self.prefix = cfg.latent_pred_from != "prefix", cfg.latent_pred_from != "text"
+        self.mlp = nn.Sequential(nn.Linear(C * (self.text + P * self.prefix), 2 * C), nn.GELU(), nn.Linear(2 * C, cfg.latent_dim))
+
+    def forward(self, prefix, text):
+        """prefix (B,P,C), text (B,C) -> (B,D)."""
+        return self.mlp(torch.cat([text] * self.text + [prefix.flatten(1)] * self.prefix, -1))
+
+
+class TextLatentEncoder(nn.Module):
+    """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs; rwkv_pool: from every
+    layer's final WKV state, each head read by a learned query."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        pool = cfg.latent_encoder == "rwkv_pool"
+        self.layers = [i for i, name in enumerate(pattern(cfg)) if name == "rwkv7"]
+        self.query = nn.Parameter(torch.randn(len(self.layers), cfg.n_embd // cfg.head_size, cfg.head_size)) if pool else None
+        wide = cfg.n_embd * (len(self.layers) if pool else 1)
+        self.ln, self.mlp = nn.LayerNorm(wide), nn.Sequential(nn.Linear(wide, 2 * cfg.n_embd), nn.GELU())
+        self.mu, self.logvar = (nn.Linear(2 * cfg.n_embd, cfg.latent_dim) for _ in range(2))
+        nn.init.zeros_(self.logvar.weight)
+        nn.init.constant_(self.logvar.bias, -2.0)
+
+    def forward(self, out, lengths=None):
+        """out: the Output for clean text -> mu, logvar, each (B,D)."""
+        if self.query is None:
+            h = mean_of_text(out.hidden, lengths)
+        else:
+            read = [torch.einsum("bhij,hj->bhi", out.state[i].mix.float(), q) for i, q in zip(self.layers, self.query)]
+            h = torch.cat([z.flatten(1) for z in read], -1)
+        h = self.mlp(self.ln(h))
+        return self.mu(h), self.logvar(h).clamp(-10, 10)
+
+
+class LatentPrior(nn.Module):
+    """p(z) of Stage II: N(0, 1), or a Gaussian whose mean and variance are learned."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        make = nn.Parameter if cfg.latent_prior == "learned" else nn.Buffer
+        self.mu, self.logvar = (make(torch.zeros(cfg.latent_dim)) for _ in range(2))
+
+    def sample(self, eps):
+        """eps (B,D), standard normal -> z (B,D)."""
+        return self.mu + (0.5 * self.logvar).exp() * eps
+
+
+def mean_of_text(h, lengths=None):
+    """(B,T,C) -> (B,C), the mean over the real tokens."""
+    if lengths is None:
+        return h.mean(1)
+    real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]
+    return (h * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(-1)
+
+
 TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 CHOICES = {"direction": RWKV7.directions, "ffn_shift": ("none", "before", "both"), "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS,
-           "dw_jrt_inject": DW_JRT_INJECT}
+           "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"), "latent_pred_from": ("text", "prefix", "both"),
+           "latent_encoder": ("none", "mlp", "rwkv_pool"), "latent_prior": ("fixed", "learned")}
 
 
 class ChannelMix(nn.Module):
@@ -434,7 +527,7 @@ class ChannelMix(nn.Module):
     def forward(self, x, state, shared):
         k, last = x, None if state is None else state.ffn_shift
         if self.x_k is not None:
-            k, = shift_mix(x if not self.both else shared.unpadded(x), last, self.x_k, self.both)
+            k, = shift_mix(shared.shifted(x, self.both), last, self.x_k, self.both)
         return self.value(squared_relu(self.key(k))), shared.last(x, last)
 
 
@@ -458,7 +551,7 @@ class Block(nn.Module):
 class Shared:
     """What the layers of one pass hand each other, and what is the same for all of them."""
 
-    def __init__(self, x, cfg, way, lengths, time, clean=False, every=None):
+    def __init__(self, x, cfg, way, lengths, time, clean=False, every=None, prefix=0, has_prefix=None):
         self.B, self.T, self.device = *x.shape[:2], x.device
         self.time = time               # (B,1,C) or (B,T,C), the embedded noise level
         self.v_first = {}              # the first layer's values, for the value residual, by scan
@@ -467,8 +560,11 @@ class Shared:
         self.block = {"causal": 0, "bidirectional": self.T}.get(way, min(cfg.block_size, self.T))
         self.seen_by = 1 if way == "causal" else (every or cfg.block_size) if clean else self.block
         self.seeded, self.piece = cfg.dw_jrt and not clean, self.block or self.T
-        self.lengths = lengths
+        self.lengths, self.has_prefix = lengths, has_prefix
         self.valid = None if lengths is None else torch.arange(self.T, device=x.device) < lengths[:, None]
+        if prefix:                     # rows without a latent: theirs is padding on the left
+            here = has_prefix[:, None] | (torch.arange(self.T, device=x.device) >= prefix)
+            self.valid = here if lengths is None else here & self.valid
 
     def row_time(self):
         """(B,C), the embedded noise level of each row: the mean over its real tokens."""
@@ -483,6 +579,10 @@ class Shared:
             before = torch.zeros_like(x[:, 0]) if before is None else before
             return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
         return x[:, -1] if self.lengths is None else x[torch.arange(self.B, device=x.device), self.lengths - 1]
+
+    def shifted(self, x, both=False):
+        """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
+        return self.unpadded(x) if both or self.has_prefix is not None else x
 
     def unpadded(self, x):
         """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
@@ -535,10 +635,12 @@ class Shared:
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None)
+        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
+    latent: (B,D), where cfg.latent_dim: normalised, with the noise of level latent_t (B,), None = 0; read as a prefix of P tokens. A
+    row of zeros has none, and its text gives what it gives without `latent`, as do all rows where it is None.
     state: the `out.state` after a prefix, to go on from. A causal model can be fed in pieces of any length, one of blocks in
     whole blocks, a bidirectional one takes what it is given as one block: state flows only forward.
     lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: not the row's logits, nor
@@ -560,6 +662,10 @@ class Denoiser(nn.Module):
         if cfg.gaussian:
             self.enter = nn.Linear((1 + cfg.self_cond) * cfg.n_embd, cfg.n_embd, bias=False)
             self.vector = nn.Linear(cfg.n_embd, cfg.n_embd)
+        if cfg.latent_dim:
+            self.latent_prefix, self.latent_head = LatentPrefix(cfg), LatentHead(cfg)
+            self.latent_encoder = TextLatentEncoder(cfg) if cfg.latent_encoder != "none" else None
+            self.latent_prior = LatentPrior(cfg) if cfg.latent_encoder != "none" else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.ln_out = NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
         if not cfg.tie_embeddings:
@@ -570,23 +676,47 @@ class Denoiser(nn.Module):
         """The embeddings of the V tokens, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
         return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
 
-    def forward(self, x, t=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None):
-        way = direction(self.cfg)
+    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None):
+        cfg, way, P, has = self.cfg, direction(self.cfg), 0, None
         time = None if self.time is None else self.embed_time(x, t, latent_t, way, lengths)
         if not x.is_floating_point():
             x = self.emb(x)
-        elif self.cfg.gaussian:
-            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if self.cfg.self_cond else x) + time
+        elif cfg.gaussian:
+            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if cfg.self_cond else x) + time
+        if latent is not None:
+            if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean or every is not None:
+                takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
+                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, and only with whole rows, not with a state")
+            P, has = cfg.latent_prefix_len, (latent != 0).any(-1)
+            x = torch.cat([self.latent_prefix(latent).to(x.dtype), x], 1)
+            lengths = lengths if lengths is None else lengths + P
+            if time is not None and time.shape[1] > 1:
+                time = torch.cat([time.mean(1, keepdim=True).expand(-1, P, -1), time], 1)
         x = self.blocks[0].ln0(x)
-        shared, states = Shared(x, self.cfg, way, lengths, time, clean or every is not None, every), []
+        shared, states = Shared(x, cfg, way, lengths, time, clean or every is not None, every, P, has), []
         for i, block in enumerate(self.blocks):
             x, s = block(x, None if state is None else state[i], shared)
             states.append(s)
-        hidden = self.ln_out(x)
-        logits = F.linear(hidden, self.emb.weight[:-1] if self.cfg.tie_embeddings else self.head.weight).float()
-        if self.cfg.logit_cap:
-            logits = self.cfg.logit_cap * torch.tanh(logits / self.cfg.logit_cap)
-        return Output(logits, hidden, None, self.vector(hidden) if self.cfg.gaussian else None, states)
+        prefix, hidden = (None, self.ln_out(x)) if has is None else self.ln_out(x).split([P, x.shape[1] - P], 1)
+        shown = hidden
+        if cfg.predict == "next":      # the first token has none before it, but perhaps a latent
+            first = hidden[:, :1] if has is None else torch.where(has[:, None, None], prefix[:, -1:], hidden[:, :1])
+            shown = torch.cat([first, hidden[:, :-1]], 1)
+        logits = F.linear(shown, self.emb.weight[:-1] if cfg.tie_embeddings else self.head.weight).float()
+        if cfg.logit_cap:
+            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)
+        z = None
+        if cfg.latent_dim:
+            mean = mean_of_text(hidden, lengths if lengths is None else lengths - P)
+            around = hidden.new_zeros(len(x), cfg.latent_prefix_len, cfg.n_embd) if has is None else prefix * has[:, None, None]
+            z = self.latent_head(around, mean).float()
+        return Output(logits, hidden, z, self.vector(hidden) if cfg.gaussian else None, states)
+
+    def posterior(self, x, lengths=None):
+        """Stage II's q(z|x) for clean text x (B,T) -> mu and log variance (B,D), and the text's mean output (B,C)."""
+        out = self(x, lengths=lengths)
+        mu, logvar = self.latent_encoder(out, lengths)
+        return mu.float(), logvar.float(), mean_of_text(out.hidden, lengths).float()
 
     def embed_time(self, x, t, latent_t, way, lengths):
         if t is None:
@@ -642,15 +772,31 @@ def check_config(cfg):
         raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
     if cfg.ffn_shift == "both" and direction(cfg) != "bidirectional":
         raise ValueError("ffn_shift=both looks at the token after: choose direction=bidirectional, or ffn_shift=before")
+    if cfg.latent_dim:
+        if direction(cfg) == "block":
+            raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")
+        if direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
+            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; choose text or both, or "
+                             "direction=bidirectional")
+        if cfg.latent_dim < 1 or cfg.latent_prefix_len < 1:
+            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: give at least 1 each")
+        if cfg.latent_encoder == "rwkv_pool" and "rwkv7" not in pattern(cfg):
+            raise ValueError(f"latent_encoder=rwkv_pool reads RWKV-7 states, which mixer={cfg.mixer} has not: choose latent_encoder=mlp")
+    elif cfg.latent_encoder != "none":
+        raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: give latent_dim")
     if direction(cfg) == "block" and cfg.dw_jrt and not DW_JRT_INJECT[cfg.dw_jrt_inject].keeps_context:
         raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: choose dw_jrt_inject=gate for direction=block")
 
 
 # ---- initialisation and parameter kinds: RWKV-LM's RWKV-v7/train_temp ----
 
+def head_gain(cfg):
+    return 0.5 * max(1, cfg.vocab_size / cfg.n_embd) ** 0.5
+
+
 def init_weights(model):
     cfg = model.cfg
-    C, N, V, L = cfg.n_embd, cfg.head_size, cfg.vocab_size, cfg.n_layer
+    C, N, L = cfg.n_embd, cfg.head_size, cfg.n_layer
     n = torch.arange(C)
     ddd, linear = n / C, n / max(1, C - 1) - 0.5
     zigzag = ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
@@ -668,7 +814,7 @@ def init_weights(model):
     zeros, ones = (lambda p, i: torch.zeros(p.shape)), (lambda p, i: torch.ones(p.shape))
     rows = {
         "emb.weight": lambda p, i: torch.empty(p.shape).uniform_(-1e-4, 1e-4),
-        "head.weight": lambda p, i: orthogonal(p, 0.5 * max(1, V / C) ** 0.5),
+        "head.weight": lambda p, i: orthogonal(p, head_gain(cfg)),
         "att.x_r": shift(0.2), "att.x_w": shift(0.9), "att.x_k": shift(0.7),
         "att.x_v": shift(0.7), "att.x_a": shift(0.9), "att.x_g": shift(0.2),
         "att.w0": lambda p, i: -6 + 6 * (n / max(1, C - 1)) ** (1 + (i / max(1, L - 1)) ** 0.3) + 0.5 + zigzag * 2.5,
@@ -738,10 +884,15 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path} does not exist: train first, or give the path of a .pt or .pth file")
     try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth file") from None
     except pickle.UnpicklingError as e:
         raise ValueError(f"checkpoint {path} is not a file of plain tensors and is not loaded, for safety: {str(e).split('.')[0]}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:                 # a foreign file can make its reader fail in any way; safetensors has exceptions of its own
         raise ValueError(f"checkpoint {path} cannot be read ({' '.join(str(e).split())[:80]}): it is truncated or no checkpoint") from None
     if not isinstance(content, dict) or not any(isinstance(v, (Tensor, dict)) for v in content.values()):
         raise ValueError(f"checkpoint {path} holds no weights: give a checkpoint of train.py or an official RWKV-7 .pth")
@@ -796,8 +947,8 @@ def from_pretrained(path, content=None, /, **overrides):
 SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "mixer")
 
 
-# What pretrained weights may lack: DW-JRT, the backward scan, the noise level. All start without effect on the logits, but for DW-JRT.
-ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.")
+# What pretrained weights may lack: DW-JRT, the backward scan, the noise level, latents. All start without effect on the logits, but for DW-JRT.
+ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
 
 
 def load_weights(model, weights, path):

@@ -1,15 +1,19 @@
-"""Sample from a checkpoint: task answers, text, infills.
+"""Sample from a checkpoint: task answers, text, infills, latents.
 
     python sample.py --ckpt=out/ckpt.pt                                    a task's checkpoint: answers to evaluation rows
     python sample.py --ckpt=out/ckpt.pt --prompt="ROMEO:" --length=200     text after a prompt
     python sample.py --ckpt=out/ckpt.pt --prompt="To be" --suffix="be."    text between the two
     python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token
+    python sample.py --ckpt=out/ckpt.pt --mode=l2t --latent=file.npy       text from latents (of a network trained on texts with latents)
+    python sample.py --ckpt=out/ckpt.pt --mode=t2l --text="To be"          a latent from text, written to latent.npy
+    python sample.py --ckpt=out/ckpt.pt --mode=joint                       both from nothing (stage2: z from the prior, then text)
     ... --watch=1 shows the denoising step by step
 """
 import os
 import sys
 import time
 
+import numpy as np
 import torch
 
 import data
@@ -25,6 +29,10 @@ prompt = ""                 # text to go on from
 prompt_file = ""            # a file with a prompt a line, of any lengths: all are continued in one batch
 suffix = ""                 # text that must follow what is generated
 text = ""                   # text with a _ for each token to fill in
+mode = ""                   # with latents: l2t | t2l | joint | stage2; empty = what is given tells
+latent = ""                 # l2t: a .npy file of a latent (D,) or several (n,D), or of the vectors that latents were projected from
+lead = 1.0                  # joint: 1 = the latent first, 0 = both at one pace
+out = ""                    # t2l, joint and stage2: the .npy file to write latents to; empty = latent.npy for t2l, none for others
 length = 0                  # tokens to generate after a prompt; 0 = what fits the length trained on
 num_samples = 3             # samples of each prompt, all in one batch
 sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others
@@ -130,6 +138,70 @@ def rows_of_text(tokenizer, mask_id, T):
     return x, lengths if lengths.min() < x.shape[1] else None
 
 
+def read_latent(model, projection):
+    """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for anything else."""
+    z = data.load_array(latent)
+    z = z[None] if z.ndim == 1 else z
+    if z.ndim == 2 and projection and z.shape[1] == len(projection.mean) != model.cfg.latent_dim:
+        z = projection(z)
+    if z.ndim != 2 or z.shape[1] != model.cfg.latent_dim or z.dtype.kind != "f" or not np.isfinite(z).all():
+        also = f" (or {len(projection.mean)}, which are projected)" if projection else ""
+        raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {model.cfg.latent_dim} a latent{also}")
+    return torch.from_numpy(z.astype(np.float32))
+
+
+def with_latents(model, tokenizer, saved, T):
+    """What `mode` asks for of a network with latents, printed and written."""
+    diff, g, dev, begun = diffusion.trained_with(saved["config"]), data.generator(seed, 0, 3), model.emb.weight.device, time.perf_counter()
+    stage2 = model.latent_encoder is not None
+    asked = mode or ("l2t" if latent else "stage2" if stage2 else "joint")
+    if asked == "joint" and stage2 or asked == "stage2" and not stage2:
+        raise ValueError(f"mode={asked} is not for a network trained with objective={saved['config']['objective']}: choose "
+                         + ("stage2, l2t or t2l" if stage2 else "joint, l2t or t2l"))
+    if asked == "l2t" and not latent or latent and asked != "l2t":
+        raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the others none")
+    gaussian = diffusion.OBJECTIVES[saved["config"]["objective"]].gaussian
+    rules = diffusion.GAUSSIAN_STEPS if gaussian else diffusion.DECISIONS
+    if sampler and sampler not in rules:
+        raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of {', '.join(rules)}")
+    if gaussian and asked != "l2t":
+        raise ValueError(f"mode={asked} is not for a network trained with objective=gaussian, which is given its latents: choose l2t")
+    draws = dict(temperature=temperature, guidance=guidance)
+    texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold, watch=watcher(tokenizer, model.mask_id) if watch else None)
+    n = length or T
+    if n > T:
+        raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at most that")
+    if asked == "t2l":
+        given = text or prompt
+        if prompt_file:
+            with open(prompt_file, encoding="utf-8") as f:
+                given = f.read().splitlines()
+        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in ([given] if isinstance(given, str) else given)]
+        if not rows or not min(map(len, rows)):
+            raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text a line, none of them empty")
+        lengths = torch.tensor([len(row) for row in rows])
+        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        z = diffusion.sample_latent_from_text(model, x.to(dev), g, diff, steps or min(50, diff.diffusion_steps or 50), eta,
+                                              lengths=None if lengths.min() == x.shape[1] else lengths.to(dev), **draws)
+    elif asked == "l2t":
+        z = read_latent(model, data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None)
+        z = z.repeat_interleave(num_samples, 0)
+        texts |= dict(eta=eta, clamp=clamp) if gaussian else {}
+        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, sampler or ("ddim" if gaussian else "confidence"), steps=steps, **texts)
+    else:
+        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, sampler or "topk", eta,
+                                      **texts)
+    if asked != "t2l":
+        for row in x.cpu():
+            print("---\n" + tokenizer.decode(row.tolist()))
+    path = out or "latent.npy" * (asked == "t2l")
+    print(f"{len(z)} {'latents' if asked == 't2l' else 'texts'} in {time.perf_counter() - begun:.1f} s ({asked})"
+          + (f", latents {tuple(z.shape)} in {path}" if path else ""))
+    if path:
+        with open(path, "wb") as f:
+            np.save(f, z.cpu().float().numpy())
+
+
 @torch.no_grad()
 def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
@@ -158,6 +230,10 @@ def main(cfg):
         score = tasks.score(task, source.params, x.numpy(), y.numpy(), masked.numpy())
         print(f"{task}: accuracy {score['acc']:.4f}, exact {score['exact']:.4f} of {num_samples} rows")
         return
+    if mode or latent or model.cfg.latent_dim and not (diff or prompt or suffix or prompt_file or text):
+        if not model.cfg.latent_dim:
+            raise ValueError(f"mode={mode or 'l2t'} needs a network trained on texts with latents, {ckpt} is none: leave mode and latent out")
+        return with_latents(model, tokenizer, saved, train_keys["seq_len"])
     x, lengths = rows_of_text(tokenizer, model.mask_id, train_keys["seq_len"])
     if x.shape[1] > train_keys["seq_len"] and name not in ("block", "ar"):
         raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={train_keys['seq_len']} this network was "
@@ -174,4 +250,4 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors():
         main(configure(globals(), show=False, families=("WKV_*",), choices=dict(
-            sampler=["", *diffusion.SAMPLERS], wkv_impl=wkv_cuda.BACK_ENDS)))
+            sampler=["", *diffusion.SAMPLERS], mode=["", "l2t", "t2l", "joint", "stage2"], wkv_impl=wkv_cuda.BACK_ENDS)))

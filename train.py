@@ -36,9 +36,11 @@ out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
 init_from = "scratch"       # scratch | resume (go on from out_dir/ckpt.pt) | path of a checkpoint or official RWKV-7 .pth
 train = True                # 0 = only evaluate (weights_path, else init_from, else out_dir/ckpt.pt)
 weights_path = ""           # also write the final checkpoint here; with train=0, evaluate this one
-data_path = ""              # UTF-8 text to learn, or a folder of `python data.py prepare`; empty = Python's own standard library
+data_path = ""              # UTF-8 text to learn, or a folder of `python data.py prepare` or latents; empty = Python's own standard library
 data_bin = ""               # token files to learn instead, a name or a pattern: modded-nanogpt's, or bare uint16 as nanoGPT's
 data_val_bin = ""           # ... held-out ones; empty = the last 10 %
+use_external_latents = True  # texts with latents: 0 = the texts alone, for a Stage II encoder
+skip_missing = False        # texts with latents: leave out those whose latent file is missing
 tokenizer = "byte"          # byte | char | gpt2 | rwkv | rwkv:FILE | bpe:FILE; prepared folders know theirs, data_bin has gpt2
 random_seed = 1337          # initialisation, batches and noise
 # sizes
@@ -62,6 +64,9 @@ warmup_iters = 0            # steps of linear warm-up
 warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # largest gradient norm; 0 = no clipping
 ema = 0.0                   # decay of an average of the weights, which is what is evaluated and sampled from; 0 = none
+freeze_backbone = False     # what pretrained RWKV-7 weights hold does not learn: only what they lack: mask, latents, noise level
+train_lm_head = False       # ... but the text head does
+use_rwkv_lm_head = True     # pretrained weights: 0 = a text head from scratch, which learns
 freeze = ""                 # parameters that do not learn: regular expressions, as emb,blocks.0
 unfreeze_after_steps = 0    # from this step on ...
 unfreeze_patterns = ""      # ... these learn after all (freeze=. and unfreeze_patterns=. is all of them)
@@ -101,7 +106,8 @@ def muon_rows(model):
 def adamw_rows(model):
     """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
     groups = {}
-    for _, p, _, scale, decayed in nets.parameter_kinds(model):
+    for name, p, _, scale, decayed in nets.parameter_kinds(model):
+        decayed = decayed and not (freeze_backbone and name == "emb.weight")       # its tokens' rows must stay as they are
         groups.setdefault((scale, decayed), []).append(p)
     return [torch.optim.AdamW([dict(params=ps, lr=learning_rate * scale, weight_decay=weight_decay * decayed)
                                for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18, fused=True)]
@@ -121,6 +127,14 @@ def defaults_for(cfg):
         return
     if diffusion.OBJECTIVES[cfg.objective or "task"].gaussian:
         for key, value in dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True).items():
+            cfg.default(key, value, why=f"objective={cfg.objective}")
+    if not cfg.objective and data.has_pairs(cfg.data_path):
+        cfg.default("objective", data.PairSource.objective, why="data_path")
+    if diffusion.OBJECTIVES[cfg.objective or "task"].latent:
+        for key, value in dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0).items():
+            cfg.default(key, value, why=f"objective={cfg.objective}")
+    if cfg.objective == "stage2_variational":
+        for key, value in dict(latent_encoder="mlp", use_external_latents=False).items():
             cfg.default(key, value, why=f"objective={cfg.objective}")
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
     for key, value in (("direction", cfg.direction), ("objective", cfg.objective)):
@@ -168,7 +182,13 @@ def open_source(cfg, saved):
     else:
         asked = tokenizer if cfg.given("tokenizer") else ""
         asked = data.agreed(asked, old, "the checkpoint") if old else asked
-        source = data.TextSource(data_path, seq_len, asked, data_bin, data_val_bin, cfg.vocab_size)
+        pairs, chosen = data.has_pairs(data_path), diffusion.OBJECTIVES[cfg.objective or "task"]
+        if pairs != bool(chosen.latent) and not (pairs and chosen.gaussian):
+            latent = ", ".join(k for k, o in diffusion.OBJECTIVES.items() if o.latent)
+            raise ValueError(f"objective={cfg.objective or 'masked_mean'} is not for data_path={data_path or 'empty'}: texts with latents "
+                             f"(python data.py latents --out=FOLDER) go with {latent} and gaussian, plain text with the others")
+        source = (data.PairSource(data_path, seq_len, asked, use_external_latents, skip_missing) if pairs else
+                  data.TextSource(data_path, seq_len, asked, data_bin, data_val_bin, cfg.vocab_size))
     if old and not data.same_vocabulary(old, source.tokenizer.state()):
         raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
                          f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
@@ -180,16 +200,47 @@ def build_model(cfg, source, path, saved):
     V = source.tokenizer.vocab_size
     if cfg.vocab_size and cfg.vocab_size < V:
         raise ValueError(f"vocab_size={cfg.vocab_size} is too small: the data has {V} tokens; leave it at 0")
-    asked = cfg.pick(nets.ModelConfig, vocab_size=cfg.vocab_size or V)
+    chosen, D = diffusion.OBJECTIVES[cfg.objective or source.objective], getattr(source, "latent_dim", 0)
+    asked = cfg.pick(nets.ModelConfig, vocab_size=cfg.vocab_size or V, latent_dim=cfg.latent_dim or D)
+    if D and asked.latent_dim != D:
+        raise ValueError(f"latent_dim={asked.latent_dim}, but the latents of {source.name} have {D} dimensions: leave it at 0, or make others with "
+                         f"python data.py project --dim={asked.latent_dim}")
+    was = saved.get("model_config") or {}
+    fresh = chosen.latent and not was.get("latent_dim")        # latents come to a network that has none
+    if cfg.objective == "stage2_variational" and fresh:
+        raise ValueError("objective=stage2_variational goes on from a network of Stage I, with latents, which "
+                         f"{path or 'init_from=scratch'} is not: give its checkpoint as --init_from")
+    if fresh and not asked.latent_dim:
+        raise ValueError(f"objective={cfg.objective} needs latents: leave use_external_latents at 1, or give latent_dim")
     if not path:
         torch.manual_seed(random_seed)
-        return nets.Denoiser(asked)
-    given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if cfg.given(k)}
+        return with_moments(nets.Denoiser(asked), source)
+    new = set(nets.ModelConfig.__dataclass_fields__ if fresh else ["latent_encoder"] * (was.get("latent_encoder") == "none"))
+    wanted = lambda k: cfg.given(k) or k in new and cfg.sources[k] == f"default with objective={cfg.objective}"
+    given = {k: getattr(asked, k) for k in nets.ModelConfig.__dataclass_fields__ if wanted(k)} | (dict(latent_dim=asked.latent_dim) if fresh else {})
     if init_from == "resume" and train:        # what learns, not its average
         saved = {key: value for key, value in saved.items() if key != "averaged"}
+    torch.manual_seed(random_seed)                 # for what the checkpoint lacks
     model = nets.from_pretrained(path, saved, **given)
+    if not use_rwkv_lm_head and init_from != "resume" and train:
+        if model.cfg.tie_embeddings:
+            raise ValueError("use_rwkv_lm_head=0 needs a head of its own, but with tie_embeddings the token embedding is the head: leave it at 1")
+        torch.nn.init.orthogonal_(model.head.weight.data, nets.head_gain(model.cfg))
+    if D and model.cfg.latent_dim != D:
+        raise ValueError(f"{path} knows latents of {model.cfg.latent_dim} dimensions, those of {source.name} have {D}: project them alike")
+    if fresh:
+        with_moments(model, source)
     if model.cfg.vocab_size < V:
         raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer it was trained with")
+    return model
+
+
+def with_moments(model, source):
+    """The mean and the scale of the training latents go into the network, and so into its checkpoint."""
+    if model.cfg.latent_dim and getattr(source, "latent_dim", 0):
+        mean, std = source.moments()
+        model.latent_prefix.mean.copy_(mean)
+        model.latent_prefix.std.copy_(std)
     return model
 
 
@@ -233,19 +284,38 @@ def evaluate_gaussian(net, source, diff, device, step):
         x, masked, lengths = task_rows(source, step)
         shown = masked
     else:
-        x, masked, lengths = source.eval_rows(batch_size)
+        x, masked, lengths, *z = source.eval_rows(batch_size)
         shown = torch.rand(x.shape, generator=g) < 0.3
     send = lambda z: z if z is None else z.to(device)
+    latent = dict(latent=diffusion.clean_latent(net, send(z[0]))) if not task and z and net.cfg.latent_dim else {}
     with autocast(device):
-        metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff)
+        metrics, alarm = diffusion.gaussian_report(net, send(x), send(masked), send(lengths), g, diff, **latent)
         rows = slice(None) if task else slice(1)
-        fill = functools.partial(diffusion.SAMPLERS["ddim"], net, cfg=diff, steps=min(20, diff.diffusion_steps or 20))
+        first = {name: z[:1] for name, z in latent.items()}
+        fill = functools.partial(diffusion.SAMPLERS["ddim"], net, cfg=diff, steps=min(20, diff.diffusion_steps or 20), **first)
         pred = torch.cat([fill(send(a), ~send(m), net.mask_id, g, lengths=send(n)).cpu()
                           for a, m, n in data.split(batch_size, x[rows], shown[rows], lengths if lengths is None else lengths[rows])])
     if task:
         score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
         metrics |= {f"{source.name}_{k}": v for k, v in score.items()}
     return metrics, (x[0], shown[0], pred[0]), alarm
+
+
+@torch.no_grad()
+def evaluate_latent(net, source, diff, device):
+    """-> diffusion.latent_report on validation texts, and one of them with a third masked, filled in with its latent."""
+    g = data.generator(struct_eval_seed, 0, 2)
+    x, _, lengths, z = source.eval_rows(eval_iters * batch_size)
+    send = lambda q: q if q is None else q.to(device)
+    z = z if z.shape[1] else z.new_zeros(len(x), net.cfg.latent_dim)
+    with autocast(device):
+        metrics = diffusion.latent_report(net, send(x), send(lengths), send(z), g, diff, batch_size)
+        row = x[0][:None if lengths is None else int(lengths[0])]
+        masked = torch.rand(row.shape, generator=g) < 0.3
+        fill = row[None].masked_fill(masked, net.mask_id).to(device)
+        z = net.posterior(send(row[None]))[0] if net.latent_encoder is not None else net.latent_prefix.normalise(send(z[:1]))
+        pred = torch.where(masked, net(fill, latent=z).logits[0].argmax(-1).cpu(), row)
+    return metrics, (row, masked, pred)
 
 
 def log_header(cfg, model, device):
@@ -288,19 +358,35 @@ class Learner(torch.nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, x, masked, weight, lengths, eps):
-        return self.loss(self.model, x, masked, weight, lengths=lengths, **({} if eps is None else dict(eps=eps)))
+    def forward(self, batch, **options):
+        given = {name: value for name, value in batch._asdict().items() if value is not None}
+        return self.loss(self.model, **given, **options)
 
 
-def thaw(model, step):
-    """Which parameters learn at this step: all but those that `freeze` names, and from unfreeze_after_steps on unfreeze_patterns, too
-    -> their number. ValueError for a pattern that matches nothing."""
+def thaw(model, step, unused=""):
+    """Which parameters learn at this step: all but those that `freeze` names or freeze_backbone means, and from unfreeze_after_steps on
+    unfreeze_patterns, too; never those that match `unused` -> their number. ValueError for a pattern that matches nothing."""
     names = [name for name, _ in model.named_parameters()]
     named = lambda key, patterns: {name for q in filter(None, patterns.split(",")) for name in matching(key, q, names)}
-    still = named("freeze", freeze) - (named("unfreeze_patterns", unfreeze_patterns) if step >= unfreeze_after_steps else set())
+    still = named("freeze", freeze) | (backbone(names) if freeze_backbone else set())
+    still -= named("unfreeze_patterns", unfreeze_patterns) if step >= unfreeze_after_steps else set()
+    still |= {name for name in names if unused and re.search(unused, name)}
     for name, p in model.named_parameters():
         p.requires_grad_(name not in still)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def backbone(names):
+    """What freeze_backbone freezes. The embeddings are not among it, since one row of them, the mask's, must learn: mask_row_only."""
+    return {name for name in names if name != "emb.weight" and not any(part in name for part in nets.ADDED)
+            and (name != "head.weight" or use_rwkv_lm_head and not train_lm_head)}
+
+
+def mask_row_only(model, step):
+    """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has set them free."""
+    free = step >= unfreeze_after_steps and any(re.search(q, "emb.weight") for q in filter(None, unfreeze_patterns.split(",")))
+    if freeze_backbone and not free and model.emb.weight.grad is not None:
+        model.emb.weight.grad[:-1] = 0
 
 
 def matching(key, pattern, names):
@@ -320,8 +406,12 @@ def check_objective(diff, source, cfg):
     if chosen.gaussian != cfg.gaussian:
         raise ValueError(f"objective={name} needs a network with gaussian={int(chosen.gaussian)}: leave gaussian out, "
                          "or start with --init_from=scratch")
-    if chosen.gaussian and (mem_check or log_output):
+    if (chosen.gaussian or chosen.latent) and (mem_check or log_output):
         raise ValueError(f"mem_check and log_output are for masks, not for objective={name}: use sample.py")
+    if chosen.latent and name == "sequential":
+        diffusion.read_schedule(diff)
+    if cfg.predict == "next" and (name in ("ar", "b3d") or chosen.gaussian):
+        raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted where: leave predict out")
     if chosen.gaussian and nets.direction(cfg) == "block":
         raise ValueError(f"objective={name} denoises whole rows: choose --direction=bidirectional or causal")
     if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
@@ -396,14 +486,16 @@ def main(cfg):
             return final(*args, **options)
     diff = cfg.pick(diffusion.DiffusionConfig, objective=cfg.objective or source.objective)
     chosen = check_objective(diff, source, model.cfg)
-    if chosen.gaussian:
+    if chosen.latent:
+        learner = Learner(model, functools.partial(chosen.latent, cfg=diff))
+    elif chosen.gaussian:
         learner = Learner(model, functools.partial(diffusion.gaussian_loss, cfg=diff))
     else:
         bound = functools.partial(chosen.bound, n=model.cfg.block_size)
         learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
     start = saved["step"] if train and init_from == "resume" else 0
     active = thaw(model, start)
-    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian) if world > 1 else learner
+    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if world > 1 else learner
     if compile:
         try_compile(model, dev, micro, tell)
     trained = parallel()
@@ -434,6 +526,8 @@ def main(cfg):
             if alarm:
                 tell(alarm)
                 metrics["alarm"] = alarm
+        elif chosen.latent:
+            metrics, sample = evaluate_latent(final, source, diff, dev)
         else:
             metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
         record(event="eval", step=step, **metrics)
@@ -450,6 +544,10 @@ def main(cfg):
     def checkpoint(step):
         if lead:
             more = {"averaged": averaged.state_dict()} if averaged else {}
+            if getattr(source, "projection", None):
+                more["projection"] = [torch.from_numpy(np.asarray(part)) for part in source.projection]
+            elif "projection" in saved:
+                more["projection"] = saved["projection"]
             nets.save_checkpoint(own, dict(model=model.state_dict(), **more, model_config=dataclasses.asdict(model.cfg), step=step,
                                            optimizers=[o.state_dict() for o in optimizers], config=cfg.as_dict(),
                                            tokenizer=source.tokenizer.state()))
@@ -459,11 +557,13 @@ def main(cfg):
         return finish(source, model, denoise, dev, tell)
 
     top = lambda step: tops[min(len(tops) - 1, step * len(tops) // max_iters)]
-    noise = lambda step, maskable, t, u: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size)
+    mode_of = lambda step: diffusion.mode_at(step, diff.objective, diff) if chosen.latent else ("", 1.0)
+    noise = lambda step, maskable, t, u, *latent: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size, *latent,
+                                                               *[mode_of(step)[0]] * bool(chosen.latent))
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,
-                                model.cfg.n_embd if chosen.gaussian else 0)
+                                model.cfg.n_embd if chosen.gaussian else 0, model.cfg.latent_dim)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
-    saved_at, clock, since = start if start else None, time.perf_counter(), start
+    saved_at, clock, since, before = start if start else None, time.perf_counter(), start, ""
     for step in bar:
         # 1. learning rates
         for g, peak in zip(groups, peaks):
@@ -478,28 +578,36 @@ def main(cfg):
             saved_at, clock = step, clock + time.perf_counter() - paused
         if step == unfreeze_after_steps > 0:
             tell(f"step {step}: {active:,} parameters learned so far, {thaw(model, step):,} from here on")
-            trained = parallel()
+            trained, before = parallel(), ""
+        options, (mode, scale) = {}, mode_of(step)
+        if mode:                                   # what a mode does not use is frozen while it runs
+            options = dict(mode=mode, scale=scale, step=step)
+            if mode != before:
+                active, before = thaw(model, step, diffusion.COUPLINGS[mode].unused), mode
         # 3. gradients: micro-batches add up to the mean over the global batch
         parts, total = next(batches)
         total = total.to(dev)
         if world > 1:
             dist.all_reduce(total)
-        loss = torch.zeros((), device=dev)
+        total = total.clamp_min(1)
+        terms = torch.zeros(total.shape, device=dev)
         for i, part in enumerate(parts):
-            x, masked, weight, lengths, eps = (z if z is None else z.to(dev, non_blocking=True) for z in part)
+            part = data.Batch(*(z if z is None else z.to(dev, non_blocking=True) for z in part))
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
                 with autocast(dev):
-                    term = trained(x, masked, weight, lengths, eps) / total
-                (term * world).backward()      # times world, because DDP takes the mean over processes
-            loss += term.detach()
+                    term = trained(part, **options) / total
+                (term.sum() * world).backward()    # times world, because DDP takes the mean over processes
+            terms += term.detach()
         if world > 1:
-            dist.all_reduce(loss)
+            dist.all_reduce(terms)
+        loss = terms.sum()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} at step {step}: " + (
                 f"the last good checkpoint is {own} (step {saved_at}); " if saved_at is not None else "") +
                 "go on from there with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1")
         # 4. clipping
+        mask_row_only(model, step)
         logged = (step + 1) % log_interval == 0 or step == start
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf) if grad_clip or logged else None
         # 5. the step
@@ -512,7 +620,8 @@ def main(cfg):
         if logged:
             ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
             clock, since = time.perf_counter(), step + 1
-            record(event="train", step=step, loss=loss.item(), lr=groups[-1]["lr"], grad_norm=norm.item(), ms_per_step=ms,
+            named = dict(zip((f"loss_{name}" for name in chosen.terms), terms.view(-1).tolist())) | (dict(mode=mode, active=active) if mode else {})
+            record(event="train", step=step, loss=loss.item(), **named, lr=groups[-1]["lr"], grad_norm=norm.item(), ms_per_step=ms,
                    tokens_per_s=batch_size * seq_len / ms * 1e3)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {ms:.0f} ms/step", refresh=False)
     bar.close()

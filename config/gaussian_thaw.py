@@ -1,5 +1,5 @@
 """Embeddings frozen for the first steps, then learning: python train.py config/gaussian.py config/gaussian_thaw.py"""
 objective = "gaussian"
 freeze = "emb"
-unfreeze_after_steps = 300
+unfreeze_after_steps = 100
 unfreeze_patterns = "emb"

@@ -77,7 +77,7 @@ def test_what_is_refused(text, tmp_path, capsys):
         np.save(at(1), broken)
         refused(*words)
     np.save(at(1), np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused("000001.npy", "pickled objects, which are never loaded")
+    refused("000001.npy", "one of pickled objects, which are never loaded")
     np.save(at(1), good)
     at(1).write_bytes(at(1).read_bytes()[:-3])
     refused("000001.npy", "truncated")
@@ -88,7 +88,7 @@ def test_what_is_refused(text, tmp_path, capsys):
     assert len(kept) == len(vectors) == len(entries) - 2 and lacking == 2
     (tmp_path / "cut.npz").write_bytes((out / "train/000000.npz").read_bytes()[:100])
     for call, words in ((lambda: data.load_array(tmp_path / "cut.npz", ("input_ids",)), "truncated"),
-                        (lambda: data.load_array(out / "train/000000.npz", ("tokens",)), "lacks 'tokens"),
+                        (lambda: data.load_array(out / "train/000000.npz", ("tokens",)), "must hold tokens"),
                         (lambda: data.load_array(tmp_path / "none.npy"), "does not exist"),
                         (lambda: data.read_entries(tmp_path, "train"), "data.py latents")):
         with pytest.raises(ValueError, match=words):
