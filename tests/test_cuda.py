@@ -2,9 +2,13 @@
 import contextlib
 import ctypes
 import hashlib
+import itertools
+import mmap
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +26,19 @@ from wkv_cuda import biwkv, biwkv_loop, loader, wkv7, wkv7_loop
 KERNELS = Path(ROOT, "wkv_cuda")
 
 
-@pytest.fixture(scope="session")
-def emulator():
-    if not shutil.which("g++"):
-        pytest.skip("g++ compiles the emulator")
+def emulated():
+    """The kernels compiled for the CPU, loaded as the library of those for GPUs."""
     tests = Path(ROOT, "tests")
     sources = [*KERNELS.glob("*.cu"), KERNELS / "bindings.cpp", tests / "emulator.cpp"]
     flags = ["-O1", "-x", "c++", "-include", str(tests / "cuda_on_cpu.h"), "-DDEVICE=CPU", loader.TARGET]
     return ctypes.CDLL(str(loader.compiled("emulated", sources, flags, with_cuda=False)))
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    if not shutil.which("g++"):
+        pytest.skip("g++ compiles the emulator")
+    return emulated()
 
 
 @pytest.fixture
@@ -83,6 +92,44 @@ def test_a_missing_barrier_is_caught(place, cuda):
     cuda.emulator_skip(place.encode())
     broken = [both(x, None, dtype, lib=cuda, order=order) for order in range(4)]
     assert any(not torch.equal(z[name], right[name]) for z in broken for name in right)
+
+
+def guarded(x, end):
+    """A copy of x that lies between two pages that must not be touched, right before (end) or right after one."""
+    size, page = x.numel() * x.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for at in (base, base + (pages + 1) * page):
+        assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(at), page, 0)
+    offset = page + end * (pages * page - size)
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+
+
+def run_guarded():
+    """Every kernel on guarded buffers; a process that touches anything else dies."""
+    emulated()
+    loader.KERNELS["cpu"], loader.build = "cuda", lambda name: ""
+
+    def call(kernel, numbers, tensors):
+        for end in (True, False):
+            copies = [None if x is None or not x.numel() else guarded(x, end) for x in tensors]
+            torch.ops.nanodir_cuda.run(kernel, (*numbers, 0), 0.0, [loader.NONE if x is None else x for x in copies])
+        for x, copy in zip(tensors, copies):
+            if copy is not None:
+                x.copy_(copy)
+    for f in ("wkv7", "biwkv"):
+        sys.modules[f"wkv_cuda.{f}"].call = call
+    for T, N, every, dtype in itertools.product((7, 33), (16, 64, 128), (None, 16), (torch.float32, torch.bfloat16)):
+        test_wkv7.outputs_and_gradients(wkv7, test_wkv7.inputs(1, T, 1, N), every, dtype)
+    test_biwkv.output_and_gradients(biwkv, test_biwkv.inputs(3, 21, 24), torch.float32)
+    print("all done")
+
+
+def test_nothing_outside_the_buffers_is_touched(emulator):
+    env = os.environ | {"PYTHONPATH": os.path.join(ROOT, "tests"), "WKV_IMPL": "cuda"}
+    done = subprocess.run([sys.executable, "-c", "import test_cuda; test_cuda.run_guarded()"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "all done\n"), done.stderr[-1000:]
 
 
 def test_the_emulator_refuses_what_hangs_a_gpu(emulator, tmp_path):
