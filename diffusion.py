@@ -35,7 +35,7 @@ class DiffusionConfig:
     mode_weights: str = ""          # ... a factor on the loss of each of them, as 1,1,0.5; empty = 1 each
     kl_weight: float = 1.0          # stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
     kl_warmup: int = 0              # ... steps over which it rises from 0
-    free_bits: float = 0.0          # ... nats of KL a text that each dimension has for nothing
+    free_bits: float = 0.5          # ... nats of KL a text that each dimension has for nothing: without them z is soon ignored
     geom_weight: float = 0.0        # ... of the distances: those between latents should follow those between texts
 
 

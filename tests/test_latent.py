@@ -119,7 +119,7 @@ def test_reparameterisation_and_the_terms_of_stage_ii():
             return SimpleNamespace(logits=latent.sum() + torch.zeros(6, 7, 11))
     x, masked, eps = torch.randint(11, (6, 7)), torch.rand(6, 7) < 0.5, torch.randn(6, 5)
     s = torch.tensor([0.0, 1, 0, 0, 0, 0])
-    cfg = replace(DIFF, kl_weight=0.5, kl_warmup=4, geom_weight=2.0)
+    cfg = replace(DIFF, kl_weight=0.5, kl_warmup=4, geom_weight=2.0, free_bits=0.0)
     terms = lambda step=99, **more: diffusion.stage2_loss(Net(), x, masked, 1.0, s=s, z_eps=eps, cfg=replace(cfg, **more), step=step)
     got = terms()
     assert torch.allclose(seen["z"], (mu + (logvar / 2).exp() * eps) * (1 - s[:, None])) and (seen["z"][1] == 0).all() and (seen["t"] == 0).all()
