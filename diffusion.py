@@ -849,7 +849,7 @@ def with_latent(net, z, guidance=1.0):
     return denoise
 
 
-def sample_text_from_latent(net, z, length, generator, cfg, sampler="confidence", guidance=1.0, x=None, known=None, **options):
+def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitting", guidance=1.0, x=None, known=None, **options):
     """L2T: latents z (B,D) -> token ids (B,length), by a row of SAMPLERS with its options (steps, temperature, top_k, top_p, watch).
 
     x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension, for guidance on a network
@@ -887,7 +887,7 @@ def sample_latent_from_text(net, x, generator, cfg, steps=50, eta=0.0, guidance=
     return net.latent_prefix.restore(z_t)
 
 
-def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="topk", eta=0.0, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
+def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
                  threshold=0.95, watch=None):
     """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls.
 

@@ -35,7 +35,7 @@ lead = 1.0                  # joint: 1 = the latent first, 0 = both at one pace
 out = ""                    # t2l, joint and stage2: the .npy file to write latents to; empty = latent.npy for t2l, none for others
 length = 0                  # tokens to generate after a prompt; 0 = what fits the length trained on
 num_samples = 3             # samples of each prompt, all in one batch
-sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others
+sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others (with latents: first_hitting)
 steps = 0                   # denoiser calls (block: of each block); 0 = as many as the sampler asks for, at most one a token; ddpm, ddim: 50
 threshold = 0.9             # confidence: a draw at least this probable is kept
 temperature = 1.0           # 0 = always the likeliest token
@@ -187,9 +187,9 @@ def with_latents(model, tokenizer, saved, T):
         z = read_latent(model, data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None)
         z = z.repeat_interleave(num_samples, 0)
         texts |= dict(eta=eta, clamp=clamp) if gaussian else {}
-        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, sampler or ("ddim" if gaussian else "confidence"), steps=steps, **texts)
+        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, sampler or ("ddim" if gaussian else "first_hitting"), steps=steps, **texts)
     else:
-        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, sampler or "topk", eta,
+        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, sampler or "first_hitting", eta,
                                       **texts)
     if asked != "t2l":
         for row in x.cpu():
