@@ -529,8 +529,8 @@ def suite_latent():
         if "from" in name and LATENT[name][0] == "backbone":
             found["perplexity"] = perplexity(saved)
         mu = net.posterior(x[:n])[0] if stage2 else z[:n]
-        l2t = lambda q: texts(diffusion.sample_text_from_latent(net, q, 128, data.generator(2, 0, 3), diff, "ddim" if net.cfg.gaussian else "first_hitting",
-                                                               steps=50, temperature=0.5))
+        rule = "ddim" if net.cfg.gaussian else "first_hitting"
+        l2t = lambda q: texts(diffusion.sample_text_from_latent(net, q, 128, data.generator(2, 0, 3), diff, rule, steps=50, temperature=0.5))
         truth = texts(x[:n])
         for key, q in (("", mu), ("_shuffled", mu.roll(1, 0)), ("_no_latent", torch.zeros_like(mu))):
             found |= {f"{metric}{key}": score for metric, score in overlap(l2t(q), truth).items()}

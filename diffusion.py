@@ -887,8 +887,8 @@ def sample_latent_from_text(net, x, generator, cfg, steps=50, eta=0.0, guidance=
     return net.latent_prefix.restore(z_t)
 
 
-def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
-                 threshold=0.95, watch=None):
+def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0, temperature=1.0,
+                 top_k=0, top_p=1.0, threshold=0.95, watch=None):
     """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls.
 
     lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to clean at one pace; between,

@@ -162,6 +162,7 @@ def with_latents(model, tokenizer, saved, T):
         raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the others none")
     gaussian = diffusion.OBJECTIVES[saved["config"]["objective"]].gaussian
     rules = diffusion.GAUSSIAN_STEPS if gaussian else diffusion.DECISIONS
+    rule = sampler or ("ddim" if gaussian else "first_hitting")
     if sampler and sampler not in rules:
         raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of {', '.join(rules)}")
     if gaussian and asked != "l2t":
@@ -187,10 +188,9 @@ def with_latents(model, tokenizer, saved, T):
         z = read_latent(model, data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None)
         z = z.repeat_interleave(num_samples, 0)
         texts |= dict(eta=eta, clamp=clamp) if gaussian else {}
-        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, sampler or ("ddim" if gaussian else "first_hitting"), steps=steps, **texts)
+        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, rule, steps=steps, **texts)
     else:
-        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, sampler or "first_hitting", eta,
-                                      **texts)
+        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, rule, eta, **texts)
     if asked != "t2l":
         for row in x.cpu():
             print("---\n" + tokenizer.decode(row.tolist()))
