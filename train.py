@@ -137,8 +137,8 @@ def defaults_for(cfg):
         for key, value in dict(latent_encoder="mlp", use_external_latents=False).items():
             cfg.default(key, value, why=f"objective={cfg.objective}")
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
-    for key, value in (("direction", cfg.direction), ("objective", cfg.objective)):
-        if value == "block":               # the form of DW-JRT that keeps the state which crosses blocks
+    for key, blocks in (("direction", cfg.direction == "block"), ("objective", cfg.objective in ("block", "block_elbo"))):
+        if blocks:                         # the form of DW-JRT that keeps the state which crosses blocks
             cfg.default("dw_jrt_inject", "gate", why=key)
     if cfg.data_bin and (cfg.tokenizer == "gpt2" or not cfg.given("tokenizer")):    # GPT-2's 50257, padded as nanoGPT does
         cfg.default("vocab_size", 50304, why="data_bin")
@@ -416,7 +416,7 @@ def check_objective(diff, source, cfg):
         raise ValueError(f"objective={name} denoises whole rows: choose --direction=bidirectional or causal")
     if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):
         raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
-    if diff.mask_policy == "suffix" and chosen.noise is diffusion.blockwise:
+    if diff.mask_policy == "suffix" and chosen.sampler == "block":
         raise ValueError(f"mask_policy=suffix masks the end of a whole row, objective={name} masks in each block: choose spans or independent")
     if chosen.text and isinstance(source, data.TaskSource):
         raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
