@@ -67,6 +67,8 @@ def table(title, head, rows):
 
 def plot(name, title, xlabel, curves, **axes):
     """{label: (xs, ys)} as out/NAME.png, if matplotlib is there."""
+    if not curves:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -302,8 +304,10 @@ def suite_ablation():
 
 ONE_SIDED = ["--tie_directions=1", "--ffn_shift=before"]
 TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
-        **{f"block {n}": ["--objective=block", "--direction=block", f"--block_size={n}", *ONE_SIDED] for n in (4, 16, 64)},
+        **{f"{how} {n}": [f"--objective={how}", "--direction=block", f"--block_size={n}", *ONE_SIDED]
+           for how in ("block", "block_elbo") for n in (4, 16, 64)},
         "b3d 16": ["--objective=b3d", "--direction=causal", "--block_size=16", "--ffn_shift=before"],
+        "bidirectional, elbo": ["--objective=elbo", "--direction=bidirectional", *ONE_SIDED],
         "bidirectional": ["--direction=bidirectional", *ONE_SIDED], "bidirectional, ffn_shift=both": ["--direction=bidirectional"],
         "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
         "attention": ["--mixer=attention", "--dim_ffn=683", "--ffn_shift=none", "--muon_lr=0.04"],
