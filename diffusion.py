@@ -492,7 +492,10 @@ def stage2_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, 
     z = mu + (0.5 * logvar).exp() * z_eps
     out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - s[:, None]), latent_t=torch.zeros_like(s), lengths=lengths)
     nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
-    kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar).clamp_min(cfg.free_bits).sum(1)
+    prior = net.latent_prior.mu, net.latent_prior.logvar
+    kl = kl_divergence(mu, logvar, *(q.detach() for q in prior)).clamp_min(cfg.free_bits)
+    alone = kl_divergence(mu.detach(), logvar.detach(), *prior)            # free bits are the encoder's: a learned prior always learns
+    kl = (kl + alone - alone.detach()).sum(1)
     kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
     weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
     geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())

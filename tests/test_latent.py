@@ -129,8 +129,12 @@ def test_reparameterisation_and_the_terms_of_stage_ii():
     assert torch.allclose(got[1], 0.5 * kl.sum() / 7) and torch.allclose(got[2], 2 * diffusion.geometry(mu, x[:, :3].float()).sum())
     assert torch.allclose(terms(step=0)[1], 0.125 * kl.sum() / 7) and terms(geom_weight=0.0)[2] == 0            # warm-up: a quarter of it
     assert torch.allclose(terms(free_bits=2.0)[1], 0.5 * kl.clamp_min(2).sum() / 7)
-    got[1].backward()
-    assert all(p.grad.abs().min() > 0 for p in prior)
+    own = torch.autograd.grad(0.5 * kl.sum() / 7, prior, retain_graph=True)
+    for bits in (0.0, 50.0):                                               # what is free for the encoder is not for the prior
+        found = torch.autograd.grad(terms(free_bits=bits)[1], prior, retain_graph=True)
+        assert all(torch.allclose(a, b, atol=1e-6) and a.abs().min() > 0 for a, b in zip(found, own))
+    assert not torch.autograd.grad(terms(free_bits=50.0)[1], mu, retain_graph=True)[0].any()
+    assert torch.allclose(torch.autograd.grad(got[1], mu)[0], torch.autograd.grad(0.5 * kl.sum() / 7, mu)[0])
 
 
 @pytest.mark.parametrize("mode", ["stage1_coupling", "l2t", "t2l"])
