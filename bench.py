@@ -539,7 +539,7 @@ def suite_latent():
         for key, q in (("", mu), ("_shuffled", mu.roll(1, 0)), ("_no_latent", torch.zeros_like(mu))):
             found |= {f"{metric}{key}": score for metric, score in overlap(l2t(q), truth).items()}
         if not net.cfg.gaussian and name not in ("l2t", "t2l"):
-            ids, sampled_z = diffusion.sample_joint(net, n, 128, g, diff, 64, temperature=1.0)
+            ids, sampled_z = diffusion.sample_joint(net, n, 128, g, diff, 64, temperature=0.7)
             own = torch.from_numpy(projection(data.ngrams(texts(ids), buckets)))
             if stage2:
                 own = net.posterior(ids)[0]
