@@ -545,7 +545,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
     text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. latent_mse: of the latent
     predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the median share of rows whose latent is
     nearer to the prediction than the text's own. With a Stage II encoder z is its mu: kl, in nats a text; active_units, the dimensions
-    whose mu varies by more than 0.01 over texts (arXiv 1509.00519, section 4.2) instead of the latent's errors.
+    whose mu has over 0.01 of the prior's variance over texts (arXiv 1509.00519, section 4.2), instead of the latent's errors.
     """
     B, T = x.shape
     parts = lambda *q: zip(*(p.split(n) for p in q))
@@ -556,7 +556,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         q = [net.posterior(a, given(m))[:2] for a, m in parts(x, real.to(x.device))]
         mu, logvar = (torch.cat(part) for part in zip(*q))
         kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
-        found |= {"kl": kl.sum(1).mean().item(), "active_units": int((mu.var(0) > 0.01).sum()), "kl_largest": kl.mean(0).max().item()}
+        found |= {"kl": kl.sum(1).mean().item(), "active_units": int((mu.var(0) > 0.01 * net.latent_prior.logvar.exp()).sum()), "kl_largest": kl.mean(0).max().item()}
         z = mu
     else:
         z = net.latent_prefix.normalise(z)
