@@ -556,7 +556,8 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         q = [net.posterior(a, given(m))[:2] for a, m in parts(x, real.to(x.device))]
         mu, logvar = (torch.cat(part) for part in zip(*q))
         kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
-        found |= {"kl": kl.sum(1).mean().item(), "active_units": int((mu.var(0) > 0.01 * net.latent_prior.logvar.exp()).sum()), "kl_largest": kl.mean(0).max().item()}
+        active = mu.var(0) > 0.01 * net.latent_prior.logvar.exp()
+        found |= {"kl": kl.sum(1).mean().item(), "active_units": int(active.sum()), "kl_largest": kl.mean(0).max().item()}
         z = mu
     else:
         z = net.latent_prefix.normalise(z)
