@@ -192,7 +192,7 @@ def test_the_noise_level_is_the_share_of_masks_unless_given():
 @torch.no_grad()
 def test_two_noise_levels_are_combined():
     net, x, t = randomised(replace(SMALL, time_cond="film", time_inputs=2)), ids(1, 6), torch.tensor([0.5])
-    outs = [net(x, a, b).logits for a in (t, t / 2) for b in (t, t / 2)]
+    outs = [net(x, a, latent_t=b).logits for a in (t, t / 2) for b in (t, t / 2)]
     assert all(not torch.allclose(p, q, atol=1e-4) for i, p in enumerate(outs) for q in outs[:i])
 
 

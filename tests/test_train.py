@@ -164,7 +164,11 @@ def test_a_long_text_needs_no_larger_state(run, tmp_path):
 def test_every_preset_runs(run, tmp_path, preset):
     (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
     tiny = ["--max_iters=1", "--n_layer=2", "--n_embd=32", "--head_size=16", "--batch_size=4", "--device_bsz=2", "--seq_len=32", "--eval_iters=1", "--threads=1"]
-    ok(run("train.py", os.path.join(ROOT, "config", preset), *tiny, "--data_path=input.txt", WKV_IMPL="torch"))
+    path = "input.txt"
+    if preset == "latent.py":
+        path = "pairs"
+        ok(run("data.py", "latents", "--data_path=input.txt", "--out=pairs", "--dim=4", "--length=32"))
+    ok(run("train.py", os.path.join(ROOT, "config", preset), *tiny, f"--data_path={path}", WKV_IMPL="torch"))
     ok(run("sample.py", "--num_samples=1", "--length=8", "--prompt=the "))
 
 
