@@ -530,7 +530,7 @@ def suite_latent():
                 found |= {f"text_nats{key}": statistics.mean(v for k, v in report.items() if k.startswith("ce_")), "alarm": alarm}
         else:
             found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), diff)
-        if "from" in name and LATENT[name][0] == "backbone":
+        if LATENT[name][0] == "backbone":
             found["perplexity"] = perplexity(saved)
         mu = net.posterior(x[:n])[0] if stage2 else z[:n]
         rule = "ddim" if net.cfg.gaussian else "first_hitting"

@@ -204,16 +204,20 @@ def loss(logits, denoise, x, masked, weight, mask_id, n=0, lengths=None):
 # ---- bounds: (denoise, x (B,T) full rows, mask_id, generator, n) -> nats a token of each row, (B,), for reporting ----
 
 
-def exact_count(B, T, generator):
-    """Masks (B,T) and the weights that make a sum of cross-entropies an unbiased estimate of the bound on -log p(x) / T.
+def exact_count(B, T, generator, lengths=None):
+    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights
+    that make a sum of cross-entropies an unbiased estimate of the bound on -log p(x) / T.
 
     Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and takes the
     mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t of the ELBO under every
     schedule, with far less variance than random mask rates.
     """
-    k = (stratified(B, generator) * T).ceil().clamp(1, T)
-    rank = torch.rand(B, T, generator=generator).argsort(1).argsort(1)
-    return rank < k[:, None], 1 / k[:, None].expand(B, T)
+    k = (stratified(B, generator) * (T if lengths is None else lengths)).ceil().clamp(min=1)
+    noise = torch.rand(B, T, generator=generator)
+    if lengths is not None:
+        noise = noise.masked_fill(torch.arange(T) >= lengths[:, None], 2)
+    masked = noise.argsort(1).argsort(1) < k[:, None]
+    return masked, masked / k[:, None]
 
 
 def summed(logits, x, weight):
@@ -441,9 +445,14 @@ def latent_cfg(cfg):
     return replace(cfg, noise_shift=cfg.latent_noise_shift)
 
 
+def latent_amplitudes(s, cfg):
+    """As amplitudes, for a latent's levels s (B,): each (B,1)."""
+    return (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
+
+
 def estimate_latent(net, x, z_t, s, cfg, lengths=None):
     """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0 (B,D)."""
-    a, b = (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
+    a, b = latent_amplitudes(s, cfg)
     out = net(x, latent=a * z_t, latent_t=s, lengths=lengths)
     return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
 
@@ -455,7 +464,7 @@ def latent_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, 
     """
     z = net.latent_prefix.normalise(z)
     has = (z != 0).any(-1)
-    a, b = (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
+    a, b = latent_amplitudes(s, cfg)
     z_t = (a * z + b * z_eps) * has[:, None]
     out = net(mask_tokens(x, masked, net.mask_id), latent=a * z_t, latent_t=s, lengths=lengths)
     text = latent = out.logits.new_zeros(())
@@ -529,15 +538,6 @@ def mode_at(step, objective, cfg):
         step -= steps
 
 
-def ragged_count(lengths, T, generator):
-    """exact_count for rows of different lengths: masks and weights (B,T), a row's masked tokens weighing 1 / their number."""
-    B = len(lengths)
-    k = (stratified(B, generator) * lengths).ceil().clamp(min=1)
-    noise = torch.rand(B, T, generator=generator).masked_fill(torch.arange(T) >= lengths[:, None], 2)
-    masked = noise.argsort(1).argsort(1) < k[:, None]
-    return masked, masked / k[:, None]
-
-
 @torch.no_grad()
 def latent_report(net, x, lengths, z, generator, cfg, n=64):
     """What tells how text and latents hang together, on rows x (B,T) with latents z (B,D), n at a time -> {name: number}.
@@ -568,7 +568,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         std = net.latent_prefix.std.item()
         found |= {"latent_mse": (z0 - z).square().mean().item() * std**2, "latent_mse_of_mean": z.square().mean().item() * std**2,
                   "latent_rank": ((far < far.diagonal()[:, None]).sum(1).float().median() / B).item()}
-    masked, weight = (q.to(x.device) for q in ragged_count(real, T, generator))
+    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, real))
     seen = mask_tokens(x, masked, net.mask_id)
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
         nats = torch.cat([summed(net(a, latent=c, lengths=given(m)).logits, b, w)

@@ -113,6 +113,11 @@ def fill(model, tokenizer, x, known, name, layout, lengths=None, diff=None):
     return y
 
 
+def prompts_of_file():
+    with open(prompt_file, encoding="utf-8") as f:
+        return f.read().splitlines()
+
+
 def rows_of_text(tokenizer, mask_id, T):
     """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full."""
     encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
@@ -126,8 +131,7 @@ def rows_of_text(tokenizer, mask_id, T):
     else:
         prompts = [prompt]
         if prompt_file:
-            with open(prompt_file, encoding="utf-8") as f:
-                prompts = f.read().splitlines()
+            prompts = prompts_of_file()
             if not prompts:
                 raise ValueError(f"prompt_file={prompt_file} is empty: write a prompt a line")
         ends = encode(suffix)
@@ -173,11 +177,8 @@ def with_latents(model, tokenizer, saved, T):
     if n > T:
         raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at most that")
     if asked == "t2l":
-        given = text or prompt
-        if prompt_file:
-            with open(prompt_file, encoding="utf-8") as f:
-                given = f.read().splitlines()
-        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in ([given] if isinstance(given, str) else given)]
+        given = prompts_of_file() if prompt_file else [text or prompt]
+        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
         if not rows or not min(map(len, rows)):
             raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text a line, none of them empty")
         lengths = torch.tensor([len(row) for row in rows])

@@ -259,7 +259,7 @@ def test_the_report_by_hand():
     far = diffusion.latent_report(Knows(x, -z / 2 - 0.5), x, None, z, generator(), DIFF, n=8)
     assert far["latent_mse"] == pytest.approx(4 * far["latent_mse_of_mean"], rel=0.5) and far["latent_rank"] > 0.3
     lengths = torch.tensor([6, 2] * 4)
-    masked, weight = diffusion.ragged_count(lengths, 6, generator())
+    masked, weight = diffusion.exact_count(8, 6, generator(), lengths)
     assert not masked[1::2, 2:].any() and torch.allclose(weight.sum(1), torch.ones(8)) and masked.any(1).all()
 
 
