@@ -2,7 +2,7 @@
 
     STRUCT_TASK=1 DW_JRT=1 python train.py
     DATA_PATH=input.txt python train.py
-    torchrun --nproc_per_node=2 train.py --data_path=input.txt
+    torchrun --nproc_per_node=2 train.py --data_path=input.txt         # --shard=1 where the network does not fit one GPU
 """
 import contextlib
 import dataclasses
@@ -16,10 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -89,6 +92,7 @@ device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 threads = 0                 # CPU threads; 0 = torch's choice
 compile = False             # the network through torch.compile, worth its minute on a GPU; where it does not work the run goes on without
+shard = False               # torchrun: parameters, gradients and optimizer states are split over the processes (FSDP2), for networks too large for one
 
 
 def muon_rows(model):
@@ -147,7 +151,7 @@ def defaults_for(cfg):
             cfg.default(key, value, why=f"{task}_task")
 
 
-_KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "log_output", "mem_check")
+_KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "shard", "log_output", "mem_check")
 
 
 def start_path(cfg):
@@ -278,7 +282,7 @@ def evaluate(denoise, source, bound, mask_id, device, step):
 @torch.no_grad()
 def evaluate_gaussian(net, source, diff, device, step):
     """The same for Gaussian diffusion -> (diffusion.gaussian_report's numbers; for a task acc and exact of its answers by DDIM, too; for a text
-    the infilling of one row only), sample to print, and the alarm."""
+    the infilling of one row only, and perhaps an alarm), sample to print."""
     g, task = data.generator(struct_eval_seed, 0, 2), isinstance(source, data.TaskSource)
     if task:
         x, masked, lengths = task_rows(source, step)
@@ -298,7 +302,7 @@ def evaluate_gaussian(net, source, diff, device, step):
     if task:
         score = tasks.score(source.name, source.params, x.numpy(), pred.numpy(), masked.numpy())
         metrics |= {f"{source.name}_{k}": v for k, v in score.items()}
-    return metrics, (x[0], shown[0], pred[0]), alarm
+    return metrics | ({"alarm": alarm} if alarm else {}), (x[0], shown[0], pred[0])
 
 
 @torch.no_grad()
@@ -352,15 +356,36 @@ def try_compile(model, device, rows, tell):
 
 
 class Learner(torch.nn.Module):
-    """The network and its loss as one module: one forward of DistributedDataParallel, however often the loss calls the network."""
+    """The network and its loss as one module: one forward of DistributedDataParallel or FSDP, however often the loss calls the network. Given a
+    function in place of a batch it calls that, which makes parameters whole that FSDP holds in pieces."""
 
     def __init__(self, model, loss):
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, batch, **options):
+        if callable(batch):
+            return batch()
         given = {name: value for name, value in batch._asdict().items() if value is not None}
         return self.loss(self.model, **given, **options)
+
+
+def split(learner):
+    """Parameters become pieces, one a process, each block a group of its own (FSDP2); ln0 has one because it is used outside its block."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")     # a block's state is one, and nothing writes to it
+    blocks = learner.model.blocks
+    for module in (blocks[0].ln0, *blocks, learner):
+        fully_shard(module)
+
+
+def whole(state):
+    """A nest of tensors with those in pieces put together, on the CPU of every process."""
+    return torch.utils._pytree.tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, state)
+
+
+def like(p, x):
+    """A whole tensor x in the pieces that p is in, if it is."""
+    return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
 
 
 def thaw(model, step, unused=""):
@@ -385,8 +410,9 @@ def backbone(names):
 def mask_row_only(model, step):
     """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has set them free."""
     free = step >= unfreeze_after_steps and any(re.search(q, "emb.weight") for q in filter(None, unfreeze_patterns.split(",")))
-    if freeze_backbone and not free and model.emb.weight.grad is not None:
-        model.emb.weight.grad[:-1] = 0
+    grad = model.emb.weight.grad
+    if freeze_backbone and not free and grad is not None:
+        grad *= like(grad, (torch.arange(len(grad), device=grad.device) == model.mask_id).unsqueeze(1))
 
 
 def matching(key, pattern, names):
@@ -467,10 +493,14 @@ def main(cfg):
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
                          f"choose batch_size={max(1, round(batch_size / (max(1, micro) * world))) * max(1, micro) * world}")
+    if shard and (world == 1 or compile):
+        raise ValueError("shard=1 is not for compile=1: choose one of them" if compile else
+                         "shard=1 splits a network over processes: start them with torchrun --nproc_per_node=N train.py")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
     saved = cfg.saved
     source = open_source(cfg, saved)
-    model = build_model(cfg, source, path, saved).to(dev)
+    model = build_model(cfg, source, path, saved)
+    model = model if shard else model.to(dev)          # in pieces it may fit where the whole does not
     os.makedirs(out_dir, exist_ok=True)
     if not os.access(out_dir, os.W_OK):
         raise ValueError(f"out_dir={out_dir} cannot be written: choose another with --out_dir")
@@ -495,17 +525,23 @@ def main(cfg):
         learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
     start = saved["step"] if train and init_from == "resume" else 0
     active = thaw(model, start)
-    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if world > 1 else learner
+    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if world > 1 and not shard else learner
     if compile:
         try_compile(model, dev, micro, tell)
+    if averaged and "averaged" in saved and train and init_from == "resume":
+        averaged.load_state_dict(saved["averaged"])
+    holder = Learner(averaged.module, None) if averaged else learner
+    if shard:
+        for part in {learner, holder}:
+            split(part)
     trained = parallel()
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     if train and init_from == "resume":
         for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
-        if averaged and "averaged" in saved:
-            averaged.load_state_dict(saved["averaged"])
+            for p, kept in o.state.items():
+                kept |= {k: like(p, v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == p.shape}
     groups = [g for o in optimizers for g in o.param_groups]
     covered = sorted(id(p) for g in groups for p in g["params"])
     assert covered == sorted(map(id, model.parameters())), "the optimizers must cover each parameter once"
@@ -519,17 +555,19 @@ def main(cfg):
         with open(os.path.join(out_dir, "config.json"), "w") as f:
             json.dump(cfg.as_dict(), f, indent=2)
 
-    def report(step):
-        """Evaluate, print, log -> the metrics."""
+    def measure(step):
+        """-> metrics, and a sample to print."""
         if chosen.gaussian:
-            metrics, sample, alarm = evaluate_gaussian(final, source, diff, dev, step)
-            if alarm:
-                tell(alarm)
-                metrics["alarm"] = alarm
-        elif chosen.latent:
-            metrics, sample = evaluate_latent(final, source, diff, dev)
-        else:
-            metrics, sample = evaluate(denoise, source, bound, model.mask_id, dev, step)
+            return evaluate_gaussian(final, source, diff, dev, step)
+        if chosen.latent:
+            return evaluate_latent(final, source, diff, dev)
+        return evaluate(denoise, source, bound, model.mask_id, dev, step)
+
+    def report(step):
+        """Evaluate, print, log."""
+        metrics, sample = holder(lambda: measure(step))
+        if "alarm" in metrics:
+            tell(metrics["alarm"])
         record(event="eval", step=step, **metrics)
         line = []
         for k, v in metrics.items():       # of what is known for ten noise levels the screen shows three
@@ -539,22 +577,22 @@ def main(cfg):
         tell(f"step {step}: " + ", ".join(line))
         if log_sample:
             tell(data.side_by_side(source.tokenizer, *sample, log_win))
-        return metrics
 
     def checkpoint(step):
+        weights, states, mean = whole([model.state_dict(), [o.state_dict() for o in optimizers], averaged.state_dict() if averaged else None])
         if lead:
-            more = {"averaged": averaged.state_dict()} if averaged else {}
+            more = {"averaged": mean} if averaged else {}
             if getattr(source, "projection", None):
                 more["projection"] = [torch.from_numpy(np.asarray(part)) for part in source.projection]
             elif "projection" in saved:
                 more["projection"] = saved["projection"]
-            nets.save_checkpoint(own, dict(model=model.state_dict(), **more, model_config=dataclasses.asdict(model.cfg), step=step,
-                                           optimizers=[o.state_dict() for o in optimizers], config=cfg.as_dict(),
+            nets.save_checkpoint(own, dict(model=weights, **more, model_config=dataclasses.asdict(model.cfg), step=step,
+                                           optimizers=states, config=cfg.as_dict(),
                                            tokenizer=source.tokenizer.state()))
 
     if not train:
         report(saved.get("step", 0))
-        return finish(source, model, denoise, dev, tell)
+        return holder(lambda: finish(source, model, denoise, dev, tell))
 
     top = lambda step: tops[min(len(tops) - 1, step * len(tops) // max_iters)]
     mode_of = lambda step: diffusion.mode_at(step, diff.objective, diff) if chosen.latent else ("", 1.0)
@@ -594,7 +632,9 @@ def main(cfg):
         for i, part in enumerate(parts):
             part = data.Batch(*(z if z is None else z.to(dev, non_blocking=True) for z in part))
             last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+            if shard:
+                learner.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or world == 1 or shard else trained.no_sync():
                 with autocast(dev):
                     term = trained(part, **options) / total
                 (term.sum() * world).backward()    # times world, because DDP takes the mean over processes
@@ -621,7 +661,7 @@ def main(cfg):
             ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
             clock, since = time.perf_counter(), step + 1
             named = dict(zip((f"loss_{name}" for name in chosen.terms), terms.view(-1).tolist())) | (dict(mode=mode, active=active) if mode else {})
-            record(event="train", step=step, loss=loss.item(), **named, lr=groups[-1]["lr"], grad_norm=norm.item(), ms_per_step=ms,
+            record(event="train", step=step, loss=loss.item(), **named, lr=groups[-1]["lr"], grad_norm=whole(norm).item(), ms_per_step=ms,
                    tokens_per_s=batch_size * seq_len / ms * 1e3)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {ms:.0f} ms/step", refresh=False)
     bar.close()
@@ -632,7 +672,7 @@ def main(cfg):
         shutil.copyfile(own, weights_path)
     tell(f"checkpoint {own}" + (f", copied to {weights_path}" if weights_path else "")
          + f"; try: python sample.py --ckpt={weights_path or own}")
-    finish(source, model, denoise, dev, tell)
+    holder(lambda: finish(source, model, denoise, dev, tell))
     if world > 1:
         dist.destroy_process_group()
 

@@ -69,6 +69,25 @@ def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, more):
             assert loss == pytest.approx(one[step], rel=2e-4), (other, step)
 
 
+def test_a_network_in_pieces_learns_the_same(run, tmp_path):
+    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=4, EVAL_INTERVAL=10, WARMDOWN_ITERS=1,
+                           EMA=0.9, DEVICE_BSZ=2)
+    ok(run("train.py", "--out_dir=whole", **settings))
+
+    def split(*options):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617",
+                               os.path.join(ROOT, "train.py"), "--out_dir=split", *options], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {k: str(v) for k, v in settings.items()})
+    ok(split("--shard=1", "--max_iters=2"))
+    ok(split("--shard=1", "--init_from=resume"))
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "split")
+    assert len(two) == 4 and all(two[step] == pytest.approx(loss, rel=2e-3) for step, loss in one.items())
+    saved = torch.load(tmp_path / "split" / "ckpt.pt", weights_only=True)
+    assert all(type(v) is torch.Tensor for part in (saved["model"], saved["averaged"]) for v in part.values())
+    ok(run("train.py", TRAIN=0, WEIGHTS_PATH="split/ckpt.pt", OUT_DIR="again", THREADS=1))
+    assert log_of(tmp_path / "again")[-1]["val_loss"] == pytest.approx(log_of(tmp_path / "split")[-1]["val_loss"], rel=1e-5)
+
+
 def test_published_command_line_then_evaluation_of_its_weights(run, tmp_path):
     published = dict(STRUCT_TASK=1, STRUCT_EVAL=1, STRUCT_LEN=8, TRAIN=1, GEN_TOKENS=1, SEQ_LEN=64, N_LAYER=2, N_EMBD=128, HEAD_SIZE=32,
                      BATCH_SIZE=32, DEVICE_BSZ=8, MAX_ITERS=4, EVAL_INTERVAL=2, EVAL_ITERS=2, WARMDOWN_ITERS=2, DW_JRT=1, DW_JRT_SCALE=20,
@@ -121,6 +140,7 @@ def test_with_no_data_at_all_it_learns_the_standard_library(run, tmp_path):
     (["--train=0"], TINY, "out/ckpt.pt does not exist"),
     (["--out_dir=/proc/nowhere"], TINY, "/proc/nowhere"),
     (["--max_iters=0"], TINY, "max_iters=0"),
+    (["--shard=1"], TINY, "torchrun --nproc_per_node"),
     ([], dict(DATA_PATH="no.txt"), "no.txt: No such file"),
     ([], TINY | dict(WKV_IMPL="cpp", CXX="no-such-compiler", TORCH_EXTENSIONS_DIR="ext"), "no-such-compiler"),
     ([], TINY | dict(WKV_IMPL="cpu"), "must be one of auto"),
