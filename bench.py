@@ -308,10 +308,11 @@ TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
            for how in ("block", "block_elbo") for n in (4, 16, 64)},
         "b3d 16": ["--objective=b3d", "--direction=causal", "--block_size=16", "--ffn_shift=before"],
         "bidirectional, elbo": ["--objective=elbo", "--direction=bidirectional", *ONE_SIDED],
-        "bidirectional": ["--direction=bidirectional", *ONE_SIDED], "bidirectional, ffn_shift=both": ["--direction=bidirectional"],
+        "bidirectional": ["--direction=bidirectional", *ONE_SIDED],
+        **{f"bidirectional, ffn_shift={shift}": ["--direction=bidirectional", f"--ffn_shift={shift}"] for shift in ("both", "wide")},
         "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
-        "attention": ["--mixer=attention", "--dim_ffn=683", "--ffn_shift=none", "--muon_lr=0.04"],
-        "attention, ffn_shift=both": ["--mixer=attention", "--dim_ffn=683"]}
+        **{f"attention{name}": ["--mixer=attention", "--dim_ffn=683", f"--ffn_shift={shift}", "--muon_lr=0.04"]
+           for name, shift in (("", "none"), (", ffn_shift=both", "both"), (", ffn_shift=wide", "wide"))}}
 
 
 def kept(suite, key, measure, runs):
@@ -369,7 +370,7 @@ GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "t
             "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
             "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "adaln_zero": ["--time_cond=adaln_zero"],
             "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none"]}
-MASKED = ["config/shakespeare.py", "--max_iters=1400"]       # as long as config/gaussian.py takes for its 1000 steps
+MASKED = ["config/shakespeare.py", "--ffn_shift=both", "--max_iters=1400"]    # as long as config/gaussian.py takes for its 1000 steps
 
 
 def bigram_kl(x, y):

@@ -43,7 +43,7 @@ class ModelConfig:
     latent_prior: str = "fixed"     # Stage II: p(z), N(0, 1) or learned mean and variance
     norm: str = "layer"             # the norms before mixers and at the end
     tie_embeddings: bool = False    # the head is the token embedding
-    ffn_shift: str = "before"       # token shift in the channel mix: none; from the token before; both = half the channels from each side
+    ffn_shift: str = "before"       # token shift in the channel mix: none; before = from the token before; both, wide = from one, two on each side
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 3.0       # factor on the seed
@@ -350,7 +350,7 @@ class BiWKV(nn.Module):
     def forward(self, x, state, shared):
         if state is not None:
             raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: feed it whole, or use mixer=rwkv7")
-        xr, xk, xv = shift_mix(shared.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), both=True)
+        xr, xk, xv = shift_mix(shared.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), reach=1)
         r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
         if shared.valid is not None:
             k = k.masked_fill(~shared.valid[..., None], -math.inf)
@@ -509,7 +509,8 @@ def mean_of_text(h, lengths=None):
 
 TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-CHOICES = {"direction": RWKV7.directions, "ffn_shift": ("none", "before", "both"), "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS,
+FFN_SHIFTS = {"none": None, "before": 0, "both": 1, "wide": 2}       # how many tokens each way; 0 = only back
+CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS,
            "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"), "latent_pred_from": ("text", "prefix", "both"),
            "latent_encoder": ("none", "mlp", "rwkv_pool"), "latent_prior": ("fixed", "learned")}
 
@@ -520,14 +521,14 @@ class ChannelMix(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift != "none" else None
-        self.both = cfg.ffn_shift == "both"
+        self.reach = FFN_SHIFTS[cfg.ffn_shift]
         self.key = nn.Linear(cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, bias=False)
         self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, state, shared):
         k, last = x, None if state is None else state.ffn_shift
         if self.x_k is not None:
-            k, = shift_mix(shared.shifted(x, self.both), last, self.x_k, self.both)
+            k, = shift_mix(shared.shifted(x, self.reach), last, self.x_k, self.reach)
         return self.value(squared_relu(self.key(k))), shared.last(x, last)
 
 
@@ -580,9 +581,9 @@ class Shared:
             return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
         return x[:, -1] if self.lengths is None else x[torch.arange(self.B, device=x.device), self.lengths - 1]
 
-    def shifted(self, x, both=False):
+    def shifted(self, x, reach=0):
         """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
-        return self.unpadded(x) if both or self.has_prefix is not None else x
+        return self.unpadded(x) if reach or self.has_prefix is not None else x
 
     def unpadded(self, x):
         """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
@@ -770,8 +771,8 @@ def check_config(cfg):
             raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
     if cfg.gaussian and cfg.time_cond == "none" and not any(hasattr(TIME_MIXERS[name], "wants_time") for name in pattern(cfg)):
         raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
-    if cfg.ffn_shift == "both" and direction(cfg) != "bidirectional":
-        raise ValueError("ffn_shift=both looks at the token after: choose direction=bidirectional, or ffn_shift=before")
+    if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
+        raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: choose direction=bidirectional, or ffn_shift=before")
     if cfg.latent_dim:
         if direction(cfg) == "block":
             raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")

@@ -22,10 +22,10 @@ def leaves(B, T, C, rows, parameters):
 def case(op, B=2, T=5, N=32, C=128, some=True):
     """-> (function of named tensors, those tensors in float64); `some`: with the optional inputs."""
     if op.startswith("shift_mix"):
-        n, both = int(op.split()[1]), op.endswith("both")
+        n, reach = int(op.split()[1]), {"both": 1, "wide": 2}.get(op.split()[-1], 0)
         x = leaves(B, T, C, ["x"], []) | {"mix": torch.rand(n, C, dtype=torch.float64)}
         x |= {"last": torch.randn(B, C, dtype=torch.float64)} if some else {}
-        return lambda x, mix, last=None: shift_mix(x, last, mix, both), x
+        return lambda x, mix, last=None: shift_mix(x, last, mix, reach), x
     if op == "wkv7_inputs":
         x = leaves(B, T, C, ROWS if some else ROWS[:4], PARAMETERS)
         if not some:
@@ -61,7 +61,7 @@ def check(f, x):
     close(found[1], wanted[1], 1e-5)
 
 
-OPS = ("shift_mix 1", "shift_mix 6", "shift_mix 6 both", "wkv7_inputs", "wkv7_output", "squared_relu")
+OPS = ("shift_mix 1", "shift_mix 6", "shift_mix 6 both", "shift_mix 2 wide", "wkv7_inputs", "wkv7_output", "squared_relu")
 HEADS = [(16, 48), (32, 128), (64, 64), (128, 256)]
 
 

@@ -204,15 +204,18 @@ def test_biwkv_sees_both_sides_and_decay_follows_the_noise_level():
         y[0, at] = (y[0, at] + 1) % 12
         assert (net(y, torch.ones(1)).logits != net(x, torch.ones(1)).logits).any(-1).all()
     assert not torch.allclose(net(x, torch.full((1,), 0.1)).logits, net(x, torch.ones(1)).logits, atol=1e-4)
-    shifted, = shift_mix(torch.arange(12.0).view(1, 3, 4), None, torch.ones(4), both=True)
+    shifted, = shift_mix(torch.arange(12.0).view(1, 3, 4), None, torch.ones(4), reach=1)
     assert shifted.tolist() == [[[0, 0, 6, 7], [0, 1, 10, 11], [4, 5, 0, 0]]]
+    shifted, = shift_mix(torch.arange(12.0).view(1, 3, 4), torch.full((1, 4), -1.0), torch.ones(4), reach=2)
+    assert shifted.tolist() == [[[0, -1, 6, 11], [-1, 1, 10, 0], [0, 5, 0, 0]]]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ffn_shift", ["both", "wide"])
 @pytest.mark.parametrize("changes", [{}, dict(tie_directions=True), dict(mixer="attention"), dict(mixer="biwkv"), dict(mixer="rwkv7,attention")])
-def test_a_shift_from_both_sides(changes):
-    """ffn_shift=both: another network, each token sees all others, padding changes nothing; nowhere but where all is seen at once."""
-    cfg = replace(SMALL, n_embd=32, head_size=16, direction="bidirectional", ffn_shift="both", **changes)
+def test_a_shift_from_both_sides(changes, ffn_shift):
+    """Another network, each token sees all others, padding changes nothing; nowhere but where all is seen at once."""
+    cfg = replace(SMALL, n_embd=32, head_size=16, direction="bidirectional", ffn_shift=ffn_shift, **changes)
     net, x = randomised(cfg), ids(2, 9)
     plain = Denoiser(replace(cfg, ffn_shift="before")).eval()
     plain.load_state_dict(net.state_dict())
@@ -224,7 +227,7 @@ def test_a_shift_from_both_sides(changes):
         y[:, at] = (y[:, at] + 1) % 12
         assert (net(y).logits != net(x).logits).any(-1).all()
     for other in ("causal", "block"):
-        with pytest.raises(ValueError, match="ffn_shift=both looks at the token after"):
+        with pytest.raises(ValueError, match=f"ffn_shift={ffn_shift} looks at tokens after"):
             Denoiser(replace(cfg, mixer="rwkv7", direction=other))
 
 

@@ -7,7 +7,7 @@ namespace {
 
 // A row is a token: C contiguous floats, C a multiple of W; d... is read and written by backward only.
 struct ShiftMix {
-  int64_t B, T, C, n, both, back;                        // both: the upper half of the channels comes from the token after
+  int64_t B, T, C, n, reach, back;                       // reach: 0 = all channels from the token before, else 2 reach groups
   const float *x, *last, *mix;                           // last may be null; mix (n,C)
   float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
 
@@ -143,35 +143,42 @@ inline Sigmoid sigmoid(V x) {
   return {x == x ? s : x, e * r * r};                    // vexp drops NaN: a diverged run must not look healthy
 }
 
-// The token that channel c of a row is mixed with: the one before it, or with p.both and c in the upper half the one after it.
-inline const float* neighbour(const ShiftMix& p, int64_t row, int64_t c) {
-  const float* x = p.x + row * p.C;
-  if (p.both && c >= p.C / 2) return row % p.T + 1 < p.T ? x + p.C + c : nullptr;
-  return row % p.T ? x - p.C + c : p.last ? p.last + row / p.T * p.C + c : nullptr;
+// How far from its own the token is that channel c is mixed with: -1, or by groups of channels -reach..-1, 1..reach.
+inline int64_t offset(const ShiftMix& p, int64_t c) {
+  if (!p.reach) return -1;
+  const int64_t group = c * 2 * p.reach / p.C;
+  return group - p.reach + (group >= p.reach);
+}
+
+// That token's channel c, or null where there is none; before the first there is p.last.
+inline const float* neighbour(const ShiftMix& p, int64_t row, int64_t c, int64_t d) {
+  const int64_t t = row % p.T + d;
+  if (t >= 0 && t < p.T) return p.x + (row + d) * p.C + c;
+  return t == -1 && p.last ? p.last + row / p.T * p.C + c : nullptr;
 }
 
 void shift_mix_forward(const ShiftMix& p, int64_t lo, int64_t hi) {
   for (int64_t row = lo; row < hi; ++row)
     for (int64_t c = 0; c < p.C; c += W) {
-      const float* other = neighbour(p, row, c);
+      const float* other = neighbour(p, row, c, offset(p, c));
       V now = load(p.x + row * p.C + c), change = (other ? load(other) : V{}) - now;
       for (int64_t i = 0; i < p.n; ++i) store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
     }
 }
 
-// Upwards, as the processor prefetches best: a row adds what it sends back, sum_i mix_i g_i, to the dx of the row before it; what the
-// row before sends forward, it fetches.
+// Upwards, as the processor prefetches best. Where all channels come from the row before, a row adds what it sends back,
+// sum_i mix_i g_i, to that row's dx; otherwise it fetches what was sent to it.
 void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) {
   auto sent = [&](int64_t row, int64_t c) {
     V sum = {};
     for (int64_t i = 0; i < p.n; ++i) sum += load(p.outs[i] + row * p.C + c) * load(p.mix + i * p.C + c);
     return sum;
   };
-  const int64_t middle = p.both ? p.C / 2 : p.C;
   for (int64_t row = lo; row < hi; ++row) {
     const int64_t o = row * p.C, t = row % p.T, b = row / p.T;
     for (int64_t c = 0; c < p.C; c += W) {
-      const float* other = neighbour(p, row, c);
+      const int64_t d = offset(p, c), from = t - d;
+      const float* other = neighbour(p, row, c, d);
       V change = (other ? load(other) : V{}) - load(p.x + o + c), dx = {}, dother = {};
       for (int64_t i = 0; i < p.n; ++i) {
         V g = load(p.outs[i] + o + c), to_other = g * load(p.mix + i * p.C + c);
@@ -179,9 +186,9 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
         dother += to_other;
         add(dmix + i * p.C + c, g * change);
       }
-      if (c >= middle) {
-        store(p.dx + o + c, t ? dx + sent(row - 1, c) : dx);
-        if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, V{});
+      if (p.reach) {
+        store(p.dx + o + c, from >= 0 && from < p.T ? dx + sent(row - d, c) : dx);
+        if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, d < 0 && -1 - d < p.T ? sent(row - 1 - d, c) : V{});
         continue;
       }
       store(p.dx + o + c, dx);
@@ -189,7 +196,7 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
       else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dother);
     }
   }
-  for (int64_t c = 0; hi > lo && hi % p.T && c < middle; c += W)   // the row after the last one is another range's
+  for (int64_t c = 0; !p.reach && hi > lo && hi % p.T && c < p.C; c += W)        // the row after the last one is another range's
     add(p.dx + (hi - 1) * p.C + c, sent(hi, c));
 }
 
@@ -410,7 +417,7 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
-  const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, 1};
+  const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, std::max<int64_t>(1, p.reach)};
   if (!p.back) return over_rows(r, shift_mix_forward);
   with_sums(r, p.n * p.C, p.dmix, shift_mix_backward);
 }

@@ -16,37 +16,40 @@ from .loader import backend, call, operator, run, wants_grad
 from .wkv7 import HEAD_SIZES, wkv7
 
 
-def shift_mix(x, last, mix, both=False):
+def shift_mix(x, last, mix, reach=0):
     """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype, or where CPU autocast is on and x
     float32, in the dtype that the linears are going to make it.
 
         out[i] = x + (prev - x) * mix[i]        prev_t = x_{t-1}, prev_0 = last
 
-    both: the upper half of the channels is mixed with the token after it, zeros after the end (BiShift, as in Vision-RWKV).
+    reach: with r > 0 the channels are 2 r equal groups, each mixed with another token, r before it to r after it; zeros beyond last and
+    the end. 1 is BiShift, as in Vision-RWKV.
     x: (B,T,C); last: (B,C), zeros if None; mix: (n,C), or any shape of n*C elements.
     """
     if last is not None and last.shape != (x.shape[0], x.shape[2]):
         raise ValueError(f"shift_mix: last has shape {tuple(last.shape)}, expected (B,C) = {(x.shape[0], x.shape[2])}")
+    if reach < 0 or x.shape[2] % max(1, 2 * reach):
+        raise ValueError(f"shift_mix: reach={reach} needs {2 * reach} groups of channels, C = {x.shape[2]} is no multiple of that")
     if mix.numel() % x.shape[2]:
         raise ValueError(f"shift_mix: mix has {mix.numel()} elements, expected a multiple of C = {x.shape[2]}")
     kind, dtype = _kind(x), x.dtype
     if dtype == torch.float32 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     x, last, mix = _to(kind, x, last, mix)
-    if x.shape[2] % (32 if both else 16) == 0 and _kernel(x.device, kind):       # 16 floats are a vector of the kernel
-        out = list(run(ShiftMix, _shift_mix, x, last, mix, both, dtype == torch.bfloat16))
+    if x.shape[2] % (16 * max(1, 2 * reach)) == 0 and _kernel(x.device, kind):       # 16 floats are a vector of the kernel
+        out = list(run(ShiftMix, _shift_mix, x, last, mix, reach, dtype == torch.bfloat16))
     else:
-        out = shift_mix_torch(x, last, mix, both)
+        out = shift_mix_torch(x, last, mix, reach)
     return [z.to(dtype) for z in out]
 
 
-def shift_mix_torch(x, last, mix, both=False):
+def shift_mix_torch(x, last, mix, reach=0):
     """The definition of shift_mix, in the inputs' dtype."""
+    offsets, T = [d for d in range(-reach, reach + 1) if d] or [-1], x.shape[1]
     last = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1)
-    other = torch.cat([last, x[:, :-1]], 1)
-    if both:
-        other = torch.cat([other.chunk(2, -1)[0], F.pad(x.chunk(2, -1)[1], (0, 0, 0, 1))[:, 1:]], -1)
-    change = other - x
+    around = F.pad(torch.cat([last, x], 1), (0, 0, max(1, reach) - 1, reach))       # from max(1, reach) tokens before to reach after
+    other = [z[:, max(1, reach) + d:][:, :T] for d, z in zip(offsets, around.chunk(len(offsets), -1))]
+    change = torch.cat(other, -1) - x
     return [torch.addcmul(x, change, m) for m in mix.reshape(-1, x.shape[-1])]
 
 
@@ -194,39 +197,39 @@ def _dense(*args):
     return [x if x is None else x.contiguous() for x in args]
 
 
-def _shift_mix_buffers(x, last, mix, both, half):
+def _shift_mix_buffers(x, last, mix, reach, half):
     return [_like(x, torch.bfloat16 if half else None) for _ in range(mix.numel() // x.shape[-1])]
 
 
 @operator(_shift_mix_buffers)
-def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor, both: bool, half: bool) -> list[Tensor]:
-    out = _shift_mix_buffers(x, last, mix, both, half)
-    call("shift_mix", (*x.shape, len(out), both, False), (*_dense(x, last, mix), None, None, None, *out))
+def _shift_mix(x: Tensor, last: Optional[Tensor], mix: Tensor, reach: int, half: bool) -> list[Tensor]:
+    out = _shift_mix_buffers(x, last, mix, reach, half)
+    call("shift_mix", (*x.shape, len(out), reach, False), (*_dense(x, last, mix), None, None, None, *out))
     return out
 
 
-def _shift_mix_grads(x, last, mix, both, dout):
+def _shift_mix_grads(x, last, mix, reach, dout):
     return [_like(x), _like(mix)] + ([] if last is None else [_like(last)])
 
 
 @operator(_shift_mix_grads)
-def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, both: bool, dout: list[Tensor]) -> list[Tensor]:
-    dx, dmix, *dlast = grads = _shift_mix_grads(x, last, mix, both, dout)
-    call("shift_mix", (*x.shape, len(dout), both, True), (*_dense(x, last, mix), dx, *(dlast or [None]), dmix, *_dense(*dout)))
+def _shift_mix_backward(x: Tensor, last: Optional[Tensor], mix: Tensor, reach: int, dout: list[Tensor]) -> list[Tensor]:
+    dx, dmix, *dlast = grads = _shift_mix_grads(x, last, mix, reach, dout)
+    call("shift_mix", (*x.shape, len(dout), reach, True), (*_dense(x, last, mix), dx, *(dlast or [None]), dmix, *_dense(*dout)))
     return grads
 
 
 class ShiftMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, mix, both, half):
+    def forward(ctx, x, last, mix, reach, half):
         ctx.save_for_backward(x, last, mix)
-        ctx.both = both
-        return tuple(_shift_mix(x, last, mix, both, half))
+        ctx.reach = reach
+        return tuple(_shift_mix(x, last, mix, reach, half))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dout):
-        dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, ctx.both, list(dout))
+        dx, dmix, *dlast = _shift_mix_backward(*ctx.saved_tensors, ctx.reach, list(dout))
         return dx, *(dlast or [None]), dmix, None, None
 
 
