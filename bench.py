@@ -37,7 +37,7 @@ rounds = 3                  # how often speed is measured, in turn; the median i
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
-only = ""                   # tasks: only the rows whose name holds this; text: only these, separated by ;
+only = ""                   # tasks: only the rows whose name holds this; text, gaussian, latent: only these, separated by ; (text: pace = step times)
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 
@@ -346,9 +346,8 @@ def suite_text():
         with tempfile.TemporaryDirectory() as folder:
             log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", f"--max_iters={steps}", f"--random_seed={seed}",
                         "--eval_interval=100000", folder=folder, *(["--batch_size=4", "--eval_iters=2"] * quick))
-        last, ms = log[-1], [row["ms_per_step"] for row in log if row["event"] == "train"]
-        return dict(name=name, steps=steps, seed=seed, bits=last["bits_per_char"], se=last["bits_per_char_se"],
-                    parameters=log[0]["parameters"], ms=statistics.median(ms))
+        return dict(name=name, steps=steps, seed=seed, bits=log[-1]["bits_per_char"], se=log[-1]["bits_per_char_se"],
+                    parameters=log[0]["parameters"])
     for steps, seeds in budgets:
         for seed in range(1337, 1337 + seeds):
             for name in chosen(TEXT):
@@ -358,10 +357,24 @@ def suite_text():
         mine = [run for run in runs.values() if run["name"] == name]
         by = {steps: [run["bits"] for run in mine if run["steps"] == steps] for steps, _ in budgets}
         rows.append([name, f"{mine[0]['parameters'] / 1e6:.3f} M", *(spread(bits) if bits else "" for bits in by.values()),
-                     f"{statistics.mean(run['se'] for run in mine):.4f}", f"{statistics.median(run['ms'] for run in mine):.0f}"])
+                     f"{statistics.mean(run['se'] for run in mine):.4f}"])
     table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
-          ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e.", "ms a step"], rows)
-    return {"runs": runs}
+          ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e."], rows)
+    pace = text_pace() if only in ("", "pace") else {}
+    table("a training step alone on the machine, in turn, ms", ["network", "ms"], [[name, f"{ms:.0f}"] for name, ms in pace.items()])
+    return {"runs": runs, "ms": pace}
+
+
+def text_pace():
+    """Milliseconds of a training step of the two networks that stand for equal time, in turn."""
+    seen = {"bidirectional, ffn_shift=wide": [], "attention": []}
+    for _ in range(1 if quick else rounds):
+        for name, times in seen.items():
+            with tempfile.TemporaryDirectory() as folder:
+                log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", "--eval_interval=100000", "--eval_iters=1",
+                            f"--max_iters={20 if quick else 50}", folder=folder, *["--batch_size=4"] * quick)
+            times += [row["ms_per_step"] for row in log if row["event"] == "train"][2:]
+    return {name: statistics.median(times) for name, times in seen.items()}
 
 
 GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "tokens alone": ["config/gaussian_tokens.py"],

@@ -506,9 +506,9 @@ def stage2_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, 
     alone = kl_divergence(mu.detach(), logvar.detach(), *prior)            # free bits are the encoder's: a learned prior always learns
     kl = (kl + alone - alone.detach()).sum(1)
     kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
-    weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
+    rising = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
     geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
-    return scale * torch.stack([cfg.text_loss_weight * nats, weight * kl, cfg.geom_weight * geom])
+    return scale * torch.stack([cfg.text_loss_weight * nats, rising * kl, cfg.geom_weight * geom])
 
 
 def read_schedule(cfg):
