@@ -37,7 +37,7 @@ rounds = 3                  # how often speed is measured, in turn; the median i
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
-only = ""                   # tasks: only the rows whose name holds this; text, gaussian, latent: only these, separated by ; (text: pace = step times)
+only = ""                   # tasks: rows whose name holds this; text, gaussian, latent: these rows, separated by ; (text: pace = step times)
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 
