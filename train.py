@@ -21,8 +21,6 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -372,6 +370,7 @@ class Learner(torch.nn.Module):
 
 def split(learner):
     """Parameters become pieces, one a process, each block a group of its own (FSDP2); ln0 has one because it is used outside its block."""
+    from torch.distributed.fsdp import fully_shard                       # here, since it takes a second to import
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")     # a block's state is one, and nothing writes to it
     blocks = learner.model.blocks
     for module in (blocks[0].ln0, *blocks, learner):
@@ -379,13 +378,16 @@ def split(learner):
 
 
 def whole(state):
-    """A nest of tensors with those in pieces put together, on the CPU of every process."""
-    return torch.utils._pytree.tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, state)
+    """A nest of tensors with those in pieces (DTensor) put together, on the CPU of every process."""
+    return torch.utils._pytree.tree_map(lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x, state)
 
 
 def like(p, x):
     """A whole tensor x in the pieces that p is in, if it is."""
-    return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
+    if not hasattr(p, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements)
 
 
 def thaw(model, step, unused=""):
