@@ -38,6 +38,7 @@ data_path = ""              # ablation, text: the text; empty = Python's standar
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # CPU threads; 0 = torch's choice
 only = ""                   # tasks: rows whose name holds this; text, gaussian, latent: these rows, separated by ; (text: pace = step times)
+rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 
@@ -694,10 +695,43 @@ def gpu_limits(device):
     return found
 
 
+def official_kernels(folder):
+    """RWKV-LM's own training kernels from a checkout of it -> {name: function of r, w, k, v, a, b as wkv7 takes them}: head size 64, T a multiple
+    of 16, bfloat16; their w goes through a sigmoid in the kernel. ValueError where a file is missing."""
+    from torch.utils.cpp_extension import load
+    flags, found = ["-O3", "--use_fast_math", "--extra-device-vectorization", "-D_N_=64", "-D_CHUNK_LEN_=16"], {}
+    for name, files in {"rwkv7_clampw": ("rwkv7_clampw.cu", "rwkv7_clampw.cpp"),
+                        "rwkv7_clampw_v3": ("rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp")}.items():
+        sources = [os.path.join(folder, "RWKV-v7", "train_temp", "cuda", f) for f in files]
+        if missing := [f for f in sources if not os.path.isfile(f)]:
+            raise ValueError(f"rwkv_lm={folder}: there is no {missing[0]}: give the folder of a checkout of github.com/BlinkDL/RWKV-LM")
+        load(name, sources, is_python_module=False, extra_cuda_cflags=flags)
+        op = getattr(torch.ops, name)
+
+        class Official(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *x, op=op):
+                B, T, H, N = x[0].shape
+                y, sa = torch.empty_like(x[0]), torch.empty_like(x[0], dtype=torch.float32)
+                s = sa.new_empty(B, H, T // 16, N, N)
+                op.forward(*x, y, s, sa)
+                ctx.save_for_backward(*x, s, sa)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy, op=op):
+                *x, s, sa = ctx.saved_tensors
+                grads = [torch.empty_like(z) for z in x]
+                op.backward(*x, dy.contiguous(), s, sa, *grads)
+                return tuple(grads)
+        found[name] = Official.apply
+    return found
+
+
 def gpu_recurrence(limits, device):
     """wkv7 at (B,T,H,N) = (8,T,32,64) in bfloat16: forward for inference, forward and backward for training; beside fla where it is
-    installed. Bytes are those that must move at least (inputs, output, gradients, and what forward keeps for backward), FLOPs 9 N a
-    channel forward and 19 N backward, without what is computed again."""
+    installed, and RWKV-LM's kernels from a checkout of it (rwkv_lm). Bytes are those that must move at least (inputs, output, gradients, and
+    what forward keeps for backward), FLOPs 9 N a channel forward and 19 N backward, without what is computed again."""
     B, H, N = (1, 2, 64) if quick else (8, 32, 64)
     impls = {wkv_cuda.backend(device): lambda *x: wkv_cuda.wkv7(*x)[0]}
     try:                                   # the function that fla's chunk_rwkv7 calls; its own arguments differ between versions
@@ -705,6 +739,10 @@ def gpu_recurrence(limits, device):
         impls["fla"] = lambda r, w, k, v, a, b: chunk_dplr_delta_rule(q=r, k=k, v=v, a=a, b=b, gk=w, scale=1.0, output_final_state=False)[0]
     except ImportError as e:
         print(f"  fla's chunk_rwkv7 is not measured: {e} (pip install flash-linear-attention)")
+    if rwkv_lm:
+        impls |= official_kernels(rwkv_lm)
+    else:
+        print("  RWKV-LM's kernels are not measured: give a checkout of github.com/BlinkDL/RWKV-LM as --rwkv_lm=FOLDER")
     rows, found = [], {}
     for T in (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384):
         x = recurrence_inputs(B, T, H, N, torch.bfloat16, device)

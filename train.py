@@ -90,7 +90,7 @@ device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 threads = 0                 # CPU threads; 0 = torch's choice
 compile = False             # the network through torch.compile, worth its minute on a GPU; where it does not work the run goes on without
-shard = False               # torchrun: parameters, gradients and optimizer states are split over the processes (FSDP2), for networks too large for one
+shard = False               # torchrun: parameters, gradients and optimizer states in pieces over the processes (FSDP2), where one cannot hold them
 
 
 def muon_rows(model):
@@ -527,7 +527,8 @@ def main(cfg):
         learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
     start = saved["step"] if train and init_from == "resume" else 0
     active = thaw(model, start)
-    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if world > 1 and not shard else learner
+    replicas = world > 1 and not shard
+    parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if replicas else learner
     if compile:
         try_compile(model, dev, micro, tell)
     if averaged and "averaged" in saved and train and init_from == "resume":
@@ -636,7 +637,7 @@ def main(cfg):
             last = i == len(parts) - 1
             if shard:
                 learner.set_requires_gradient_sync(last)
-            with contextlib.nullcontext() if last or world == 1 or shard else trained.no_sync():
+            with trained.no_sync() if replicas and not last else contextlib.nullcontext():
                 with autocast(dev):
                     term = trained(part, **options) / total
                 (term.sum() * world).backward()    # times world, because DDP takes the mean over processes

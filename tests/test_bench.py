@@ -53,3 +53,46 @@ def test_a_quick_run_replaces_no_measured_figures(run, tmp_path):
         rows = json.loads((tmp_path / "bench/flops.quick.json").read_text())["rows"]
         assert rows.keys() == {"causal", "block 32", "block 64", "block 128", "bidirectional", "attention twin"}
         assert all(row["off"] < 0.01 for row in rows.values())
+
+
+def test_official_kernels_are_called_as_they_are_declared(tmp_path, monkeypatch):
+    """Against stand-ins with the signatures of RWKV-LM's .cpp files, which compute what wkv7 defines; a file that is missing is named."""
+    with pytest.raises(ValueError, match="rwkv7_clampw.cu"):
+        bench.official_kernels(str(tmp_path))
+    folder = tmp_path / "RWKV-v7" / "train_temp" / "cuda"
+    folder.mkdir(parents=True)
+    libraries = []
+
+    def official(r, w, *rest):
+        return wkv_cuda.wkv7_loop(r, -math.exp(-0.5) * torch.sigmoid(w), *rest)[0]
+
+    def forward(*args):
+        *x, y, s, sa = args
+        assert s.shape == (2, 3, 2, 64, 64) and sa.dtype == torch.float32
+        y.copy_(official(*(z.float() for z in x)))
+
+    def backward(*args):
+        x, dy, (s, sa), grads = args[:6], args[6], args[7:9], args[9:]
+        with torch.enable_grad():
+            x = [z.detach().float().requires_grad_() for z in x]
+            for to, z in zip(grads, torch.autograd.grad(official(*x), x, dy.float())):
+                to.copy_(z)
+
+    def load(name, sources, is_python_module, extra_cuda_cflags):
+        assert "-D_N_=64" in extra_cuda_cflags and len(sources) == 2
+        library = torch.library.Library(name, "DEF")
+        libraries.append(library)
+        for op, f, given, written in (("forward", forward, 6, 3), ("backward", backward, 9, 6)):
+            args = [f"Tensor x{i}" for i in range(given)] + [f"Tensor({chr(97 + i)}!) y{i}" for i in range(written)]
+            library.define(f"{op}({', '.join(args)}) -> ()")
+            library.impl(op, f, "CPU")
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    for name in ("rwkv7_clampw.cu", "rwkv7_clampw.cpp", "rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp"):
+        (folder / name).touch()
+    x = bench.recurrence_inputs(2, 32, 3, 64, torch.bfloat16, "cpu")
+    for f in bench.official_kernels(str(tmp_path)).values():
+        y, want = f(*x), official(*(z.float() for z in x))
+        assert torch.allclose(y.float(), want, rtol=2e-2, atol=2e-2)
+        dy = torch.randn_like(y)
+        for found, wanted in zip(torch.autograd.grad(f(*x), x, dy), torch.autograd.grad(want, x, dy.float())):
+            assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
