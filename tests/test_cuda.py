@@ -289,6 +289,14 @@ def test_what_is_missing_is_named_with_its_repair(change, words, tmp_path, monke
         loader.backend("cuda")
 
 
+def test_a_toolkit_without_its_library_is_named(tmp_path, monkeypatch):
+    flags_for(TOOLS, tmp_path, monkeypatch)
+    def fails(*args, **options):
+        raise RuntimeError("/usr/bin/ld: cannot find -lcudart: No such file or directory")
+    monkeypatch.setattr(loader, "compiled", fails)
+    assert "set CUDA_HOME to the toolkit's own folder" in loader.build.__wrapped__("cuda")
+
+
 @pytest.mark.parametrize("gpu,flags", [((9, 0), ["compute_90", "sm_90"]), ((8, 6), ["compute_80"]), ((15, 0), ["compute_120"])])
 def test_only_the_gpu_at_hand_is_built_for(gpu, flags, tmp_path, monkeypatch):
     """Flags are separate tokens; for a GPU that nvcc does not know there is PTX."""

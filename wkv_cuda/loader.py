@@ -76,7 +76,8 @@ def build(name):
         return ""
     except Exception as e:                 # whatever a compiler, a disk or a loader can do: the caller decides
         tail = [line for line in str(e).splitlines() if line.strip()][-3:]
-        return f"the {TITLES[name]} kernels did not build: {' | '.join(tail)[-600:]}"
+        hint = "; set CUDA_HOME to the toolkit's own folder, such as /usr/local/cuda" * ("-lcudart" in str(e))      # nvcc was only a link to it
+        return f"the {TITLES[name]} kernels did not build: {' | '.join(tail)[-600:]}{hint}"
 
 
 TITLES = {"cpp": "C++", "cuda": "CUDA"}
