@@ -313,7 +313,7 @@ def test_prepare_in_bounded_memory_killed_and_resumed(tmp_path):
     assert done.returncode == 0, done.stderr
     base, peak = map(int, done.stdout.split("MEMORY")[1].split())
     print(f"peak {peak} MB, of which {base} MB are imports")
-    assert peak < 400 and peak - base < 60                           # MB; torch alone is most of it
+    assert peak < 700 and peak - base < 60                           # MB; torch alone is most of it, with CUDA even more so
     train, meta = ids_of(tmp_path / "out", "train")
     assert kept == (tmp_path / "out/train_000000.bin").stat().st_mtime_ns
     assert np.array_equal(np.concatenate([train, ids_of(tmp_path / "out", "val")[0]]), whole) and meta["done"]

@@ -154,7 +154,8 @@ USE = "import torch, wkv_cuda\nprint(wkv_cuda.backend('cpu'), wkv_cuda.wkv7(*[to
 def test_no_compiler_falls_back_with_one_line(tmp_path):
     done = in_a_fresh_process(USE, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=tmp_path)
     assert done.stdout.startswith("torch ") and done.returncode == 0
-    assert len(done.stderr.strip().splitlines()) == 1 and "no-such-compiler" in done.stderr
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]        # which is torch's own, without a GPU
+    assert len(said) == 1 and "no-such-compiler" in said[0]
 
 
 def test_no_compiler_forced_is_an_error(tmp_path):
