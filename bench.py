@@ -77,10 +77,10 @@ def plot(name, title, xlabel, curves, **axes):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for label, (xs, ys) in curves.items():
-        ax.plot(xs, ys, label=label)
+    for i, (label, (xs, ys)) in enumerate(curves.items()):
+        ax.plot(xs, ys, "-" if i < 10 else "--", label=label)        # there are ten colours
     ax.set(title=title, xlabel=xlabel, **axes)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=2)
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, f"{name}{'.quick' * quick}.png")
     figure.savefig(path, dpi=100)
@@ -383,7 +383,7 @@ GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "t
             "a prefix is given": ["--mask_policy=suffix", "--drop_given=0"], "all is noised": ["--drop_given=1"],
             "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
             "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "adaln_zero": ["--time_cond=adaln_zero"],
-            "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none"]}
+            "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none", "--dim_ffn=476"]}
 MASKED = ["config/shakespeare.py", "--ffn_shift=both", "--max_iters=1400"]    # as long as config/gaussian.py takes for its 1000 steps
 
 
