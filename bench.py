@@ -52,6 +52,11 @@ def train(*options, env=None, folder):
         return [json.loads(line) for line in f]
 
 
+def step_ms(log):
+    """Milliseconds a step, by interval of the log."""
+    return [row["ms_per_step"] for row in log if row["event"] == "train"]
+
+
 def spread(values):
     """Mean and standard deviation as text."""
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
@@ -136,7 +141,7 @@ def suite_step():
             with tempfile.TemporaryDirectory() as folder:
                 log = train("--struct_task=1", "--dw_jrt=1", f"--device_bsz={rows}", f"--trim_rows={trim}", "--eval_interval=1000",
                             f"--max_iters={50 if quick or impl == 'loop' else 120}", env={"WKV_IMPL": impl}, folder=folder)
-            seen[kind] += [row["ms_per_step"] for row in log if row["event"] == "train"][3:]
+            seen[kind] += step_ms(log)[3:]
     ms = {kind: statistics.median(times) for kind, times in seen.items()}
     table("training step of STRUCT_TASK=1 DW_JRT=1 python train.py, ms",
           ["back end, micro-batches", "ms a step", "faster than the loop", "... of all tokens"],
@@ -311,7 +316,11 @@ TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
         "bidirectional, elbo": ["--objective=elbo", "--direction=bidirectional", *ONE_SIDED],
         "bidirectional": ["--direction=bidirectional", *ONE_SIDED],
         **{f"bidirectional, ffn_shift={shift}": ["--direction=bidirectional", f"--ffn_shift={shift}"] for shift in ("both", "wide")},
-        "causal + DW-JRT": ["--direction=causal", "--dw_jrt=1", "--ffn_shift=before"], "causal": ["--direction=causal", "--ffn_shift=before"],
+        **{f"{name}{more}": ["--direction=causal", "--ffn_shift=before", *seeded, *options]
+           for more, options in (("", []), (", 8 layers", ["--n_layer=8", "--n_embd=96", "--dim_ffn=352"]))
+           for name, seeded in (("causal + DW-JRT", ["--dw_jrt=1"]), ("causal", []))},
+        **{f"causal + DW-JRT, {more}": ["--direction=causal", "--ffn_shift=before", "--dw_jrt=1", option]
+           for more, option in (("scale 20", "--dw_jrt_scale=20"), ("open gates", "--dw_jrt_alpha_init=2"))},
         **{f"attention{name}": ["--mixer=attention", "--dim_ffn=683", f"--ffn_shift={shift}", "--muon_lr=0.04"]
            for name, shift in (("", "none"), (", ffn_shift=both", "both"), (", ffn_shift=wide", "wide"))}}
 
@@ -362,7 +371,8 @@ def suite_text():
     table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
           ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e."], rows)
     pace = text_pace() if only in ("", "pace") else {}
-    table("a training step alone on the machine, in turn, ms", ["network", "ms"], [[name, f"{ms:.0f}"] for name, ms in pace.items()])
+    if pace:
+        table("a training step alone on the machine, in turn, ms", ["network", "ms"], [[name, f"{ms:.0f}"] for name, ms in pace.items()])
     return {"runs": runs, "ms": pace}
 
 
@@ -374,7 +384,7 @@ def text_pace():
             with tempfile.TemporaryDirectory() as folder:
                 log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", "--eval_interval=100000", "--eval_iters=1",
                             f"--max_iters={20 if quick else 50}", folder=folder, *["--batch_size=4"] * quick)
-            times += [row["ms_per_step"] for row in log if row["event"] == "train"][2:]
+            times += step_ms(log)[2:]
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
@@ -422,7 +432,7 @@ def suite_gaussian():
     def measure():
         with tempfile.TemporaryDirectory() as folder:
             log = train(*options, f"--data_path={data_path}", folder=folder, *(["--batch_size=4", "--eval_iters=1", "--max_iters=10"] * quick))
-            evals, ms = [row for row in log if row["event"] == "eval"], [row["ms_per_step"] for row in log if row["event"] == "train"]
+            evals, ms = [row for row in log if row["event"] == "eval"], step_ms(log)
             last = evals[-1]
             found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), minutes=statistics.mean(ms) * last["step"] / 6e4)
             found |= {k: last[k] for k in ("round_acc_0.1", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
@@ -530,7 +540,7 @@ def suite_latent():
     def measure():
         saved = trained(name)
         log = [json.loads(line) for line in open(os.path.join(place(name), "log.jsonl"))]
-        ms = statistics.median(row["ms_per_step"] for row in log if row["event"] == "train")
+        ms = statistics.median(step_ms(log))
         found = dict(parameters=log[0]["parameters"], active=log[0]["active"], ms=ms)
         if name == "backbone":
             return found | dict(perplexity=perplexity(saved))

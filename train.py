@@ -499,7 +499,7 @@ def main(cfg):
         raise ValueError("shard=1 is not for compile=1: choose one of them" if compile else
                          "shard=1 splits a network over processes: start them with torchrun --nproc_per_node=N train.py")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
-    saved = cfg.saved
+    saved, resumed = cfg.saved, train and init_from == "resume"
     source = open_source(cfg, saved)
     model = build_model(cfg, source, path, saved)
     model = model if shard else model.to(dev)          # in pieces it may fit where the whole does not
@@ -525,22 +525,22 @@ def main(cfg):
     else:
         bound = functools.partial(chosen.bound, n=model.cfg.block_size)
         learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
-    start = saved["step"] if train and init_from == "resume" else 0
+    start = saved["step"] if resumed else 0
     active = thaw(model, start)
     replicas = world > 1 and not shard
     parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if replicas else learner
     if compile:
         try_compile(model, dev, micro, tell)
-    if averaged and "averaged" in saved and train and init_from == "resume":
+    if averaged and "averaged" in saved and resumed:
         averaged.load_state_dict(saved["averaged"])
     holder = Learner(averaged.module, None) if averaged else learner
     if shard:
-        for part in {learner, holder}:
+        for part in dict.fromkeys([learner, holder]):          # in one order on every process
             split(part)
     trained = parallel()
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
-    if train and init_from == "resume":
+    if resumed:
         for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
             for p, kept in o.state.items():
