@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7, wkv7_mix
+from wkv_cuda import HEAD_SIZES, biwkv, read_state, shift_mix, squared_relu, wkv7, wkv7_mix
 
 
 @dataclass
@@ -305,8 +305,9 @@ class RWKV7(Scan7):
 
     def scan(self, r, w, k, v, a, b, s0, shared):
         """DW-JRT's forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where there are blocks."""
-        ys, ends = [], []
-        for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
+        ys, ends, whole = [], [], (r, w, k, v, a, b)
+        pieces = [whole] if shared.piece >= r.shape[1] else zip(*(z.split(shared.piece, 1) for z in whole))
+        for i, piece in enumerate(pieces):
             y, end = self.seeded(*piece, s0, shared.seeds and shared.seeds[i])
             if i and shared.valid is not None:      # a row that has ended is not seeded again
                 end = torch.where(shared.valid[:, i * shared.piece, None, None, None], end, s0)
@@ -325,9 +326,8 @@ class RWKV7(Scan7):
         s0, leak = self.jrt(seed, s0)
         if leak is None:
             return wkv7(r, w, k, v, a, b, s0)
-        read = lambda q: torch.einsum("bhij,bthj->bthi", leak, q.float())
-        y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read(a))           # the plain recurrence on U = S - J
-        return y + read(r).to(y.dtype), u + leak
+        y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read_state(leak, a))         # the plain recurrence on U = S - J
+        return read_state(leak, r, y), u + leak
 
 
 class BiWKV(nn.Module):
@@ -579,7 +579,9 @@ class Shared:
         if self.every:
             before = torch.zeros_like(x[:, 0]) if before is None else before
             return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
-        return x[:, -1] if self.lengths is None else x[torch.arange(self.B, device=x.device), self.lengths - 1]
+        if self.lengths is None:
+            return x[:, -1]
+        return x.flatten(0, 1).index_select(0, self.once("last", lambda: torch.arange(0, self.B * self.T, self.T, device=x.device) + self.lengths - 1))
 
     def shifted(self, x, reach=0):
         """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""

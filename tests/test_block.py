@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import wkv_cuda
-from wkv_cuda import shift_mix, squared_relu, wkv7_inputs, wkv7_mix, wkv7_output
+from wkv_cuda import read_state, shift_mix, squared_relu, wkv7_inputs, wkv7_mix, wkv7_output
 
 ROWS = ("w", "a", "k", "v", "gate", "v_first")
 PARAMETERS = ("w0", "a0", "v0", "k_k", "k_a")
@@ -35,6 +35,9 @@ def case(op, B=2, T=5, N=32, C=128, some=True):
     if op == "wkv7_output":
         x = leaves(B, T, C, ("y", "r", "k", "v", "g"), ("r_k", "weight", "bias"))
         return lambda **x: wkv7_output(**x, eps=64e-5, head_size=N), x
+    if op == "read_state":
+        x = {n: z.unflatten(-1, (-1, N)) for n, z in leaves(B, T, C, ["q", "y"] if some else ["q"], []).items()}
+        return read_state, x | {"s": torch.randn(B, C // N, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))}
     return squared_relu, leaves(B, T, C + 3, ["x"], [])              # any length: here no multiple of a vector's
 
 
@@ -61,7 +64,7 @@ def check(f, x):
     close(found[1], wanted[1], 1e-5)
 
 
-OPS = ("shift_mix 1", "shift_mix 6", "shift_mix 6 both", "shift_mix 2 wide", "wkv7_inputs", "wkv7_output", "squared_relu")
+OPS = ("shift_mix 1", "shift_mix 6", "shift_mix 6 both", "shift_mix 2 wide", "wkv7_inputs", "wkv7_output", "read_state", "squared_relu")
 HEADS = [(16, 48), (32, 128), (64, 64), (128, 256)]
 
 
@@ -78,7 +81,7 @@ def test_against_the_definition_in_float64(op, B, T, some, impl):
 
 
 @pytest.mark.parametrize("N,C", HEADS)
-@pytest.mark.parametrize("op", ["wkv7_inputs", "wkv7_output"])
+@pytest.mark.parametrize("op", ["wkv7_inputs", "wkv7_output", "read_state"])
 def test_head_sizes(op, N, C, impl):
     check(*case(op, 2, 9, N, C))
 
@@ -199,7 +202,7 @@ def test_bfloat16_views_and_unused_outputs(op, impl):
             assert (views[n].grad.double() - z.grad).norm() / z.grad.norm() < 1e-2, n
 
 
-HALVES = {"shift_mix": (), "wkv7_inputs": ROWS, "wkv7_output": ("r", "g"), "squared_relu": ("x",)}   # bfloat16 under autocast
+HALVES = {"shift_mix": (), "wkv7_inputs": ROWS, "wkv7_output": ("r", "g"), "read_state": ("q", "y"), "squared_relu": ("x",)}   # bfloat16 under autocast
 
 
 def autocast_case(op, *args, **kwargs):
@@ -335,7 +338,9 @@ def test_compile_sees_through(monkeypatch):
 @pytest.mark.parametrize("op,change,words", [
     ("shift_mix 1", dict(last=torch.zeros(1, 128)), ["last", "(1, 128)"]), ("shift_mix 1", dict(mix=torch.zeros(3, 5)), ["mix", "15"]),
     ("wkv7_inputs", dict(k=torch.zeros(1, 5, 128)), ["k has shape", "(1, 5, 128)"]), ("wkv7_inputs", dict(v0=None), ["v0"]),
-    ("wkv7_output", dict(r_k=torch.zeros(64)), ["r_k", "64", "128"])])
+    ("wkv7_output", dict(r_k=torch.zeros(64)), ["r_k", "64", "128"]),
+    ("read_state", dict(s=torch.zeros(2, 4, 32, 16)), ["s (2, 4, 32, 16)", "(2, 5, 4, 32)"]),
+    ("read_state", dict(y=torch.zeros(2, 5, 128)), ["y (2, 5, 128)", "(2, 5, 4, 32)"])])
 def test_errors_name_value_and_allowed(op, change, words):
     f, x = case(op)
     with pytest.raises(ValueError) as e:

@@ -42,6 +42,14 @@ struct Wkv7Output {
   }
 };
 
+struct ReadState {
+  int64_t B, T, H, N, back;
+  const float *q, *y, *dout, *s;                         // (B,T,H,N), y may be null; s (B,H,N,N)
+  float *out, *dq, *ds;
+
+  static ReadState of(const Call& call) { return call.as<ReadState>(5); }
+};
+
 struct SquaredReLU {
   int64_t n;
   const float *x, *dy;                                   // dy null: forward
@@ -403,6 +411,36 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
     if (!p.every || p.T % p.every == 0) put(scan, states - 1);
 }
 
+template <int G>
+void read_forward(const ReadState& p, int64_t lo, int64_t hi) {
+  for (int64_t head = lo * p.H; head < hi * p.H; ++head) {           // of a token
+    const float* s = p.s + (head / p.H / p.T * p.H + head % p.H) * p.N * p.N;
+    for (int64_t i = 0; i < p.N; i += W) {
+      V part[W] = {};
+      for (int x = 0; x < W; ++x)
+        for (int g = 0; g < G; ++g) part[x] += load(s + (i + x) * p.N + g * W) * load(p.q + head * p.N + g * W);
+      const V sum = sum16(part);
+      store(p.out + head * p.N + i, p.y ? sum + load(p.y + head * p.N + i) : sum);
+    }
+  }
+}
+
+template <int G>
+void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
+  for (int64_t head = lo * p.H; head < hi * p.H; ++head) {
+    const int64_t at = (head / p.H / p.T * p.H + head % p.H) * p.N * p.N;
+    V q[G], dq[G] = {};
+    for (int g = 0; g < G; ++g) q[g] = load(p.q + head * p.N + g * W);
+    for (int64_t i = 0; i < p.N; ++i)
+      for (int g = 0; g < G; ++g) {
+        const float d = p.dout[head * p.N + i];
+        dq[g] += load(p.s + at + i * p.N + g * W) * d;
+        add(p.ds + at + i * p.N + g * W, q[g] * d);
+      }
+    for (int g = 0; g < G; ++g) store(p.dq + head * p.N + g * W, dq[g]);
+  }
+}
+
 // y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
 void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
   for (int64_t i = lo; i < hi; ++i) {
@@ -440,6 +478,15 @@ void wkv7_mix(const Call& call) {
   const auto p = call.as<Wkv7Mix>(5);
   const auto one = p.N == 16 ? mix<16> : p.N == 32 ? mix<32> : p.N == 64 ? mix<64> : mix<128>;
   parallel_for(p.B * p.H, 1, [&](int64_t lo, int64_t hi) { for (int64_t i = lo; i < hi; ++i) one(p, call, i); });
+}
+
+void read_state(const Call& call) {
+  const auto p = ReadState::of(call);
+  const auto f = p.back ? BY_HEAD_SIZE(read_backward, p.N) : BY_HEAD_SIZE(read_forward, p.N);
+  parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
+    if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
+    in_float32({call, p.B * p.T, p.H * p.N, 4}, lo * p.T, hi * p.T, [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
+  });
 }
 
 void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }

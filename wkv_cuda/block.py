@@ -144,6 +144,28 @@ def wkv7_output_torch(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     return (norm + bonus.flatten(-2)) * g
 
 
+def read_state(s, q, y=None):
+    """What a state that stays as it is gives every token: y_t + s q_t -> (B,T,H,N), in y's dtype, or where it is None in q's.
+
+    s: (B,H,N,N), value by key channels; q, y: (B,T,H,N), floating point. The leak of DW-JRT reads its seed so.
+    """
+    if s.shape != (q.shape[0], *q.shape[2:], q.shape[3]) or y is not None and y.shape != q.shape:
+        raise ValueError(f"read_state: s {tuple(s.shape)} and y {y if y is None else tuple(y.shape)} do not fit q, (B,T,H,N) = {tuple(q.shape)}")
+    kind, dtype = _kind(q), (q if y is None else y).dtype
+    kernel = q.shape[-1] in HEAD_SIZES and _kernel(q.device, kind)
+    args = *_to(kind, s), *_to(kind, q, y, half=kernel)
+    if kernel:
+        return run(ReadState, _read_state, *args).to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        return read_state_torch(*args).to(dtype)
+
+
+def read_state_torch(s, q, y=None):
+    """The definition of read_state, in the inputs' dtype."""
+    read = torch.einsum("bhij,bthj->bthi", s, q).contiguous()
+    return read if y is None else y + read
+
+
 def squared_relu(x):
     """relu(x)^2 -> like x, of any shape and floating dtype."""
     kind = _kind(x)
@@ -329,6 +351,34 @@ def _wkv7_mix(r: Tensor, w: Tensor, a: Tensor, k: Tensor, v: Tensor, gate: Optio
     out = _wkv7_mix_buffers(*args, eps, N, every)
     call("wkv7_mix", (*r.shape[:2], r.shape[2] // N, N, every), (*_dense(*args), *out), eps)
     return out
+
+
+@operator(lambda s, q, y: _like(q if y is None else y))
+def _read_state(s: Tensor, q: Tensor, y: Optional[Tensor]) -> Tensor:
+    out = _like(q if y is None else y)
+    s, q, y = _dense(s, q, y)
+    call("read_state", (*q.shape, False), (q, y, None, s, out, None, None))
+    return out
+
+
+@operator(lambda s, q, dout: [_like(s), _like(q)])
+def _read_state_backward(s: Tensor, q: Tensor, dout: Tensor) -> list[Tensor]:
+    ds, dq = grads = [_like(s), _like(q)]
+    s, q, dout = _dense(s, q, dout)
+    call("read_state", (*q.shape, True), (q, None, dout, s, None, dq, ds))
+    return grads
+
+
+class ReadState(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, s, q, y):
+        ctx.save_for_backward(s, q)
+        return _read_state(s, q, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return *_read_state_backward(*ctx.saved_tensors, dout), dout if ctx.needs_input_grad[2] else None
 
 
 @operator(_like)

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <functional>
+#include <initializer_list>
 #include "call.h"
 
 // Calls f(lo, hi) on torch's threads for pieces of 0..n of at least `grain`.
@@ -48,4 +49,5 @@ void shift_mix(const Call&);
 void wkv7_inputs(const Call&);
 void wkv7_output(const Call&);
 void wkv7_mix(const Call&);
+void read_state(const Call&);
 void squared_relu(const Call&);

@@ -3,6 +3,13 @@
 
 namespace {
 
+// A head's token is N floats, and its tokens lie too far apart for the processor to foresee where it reads (write = 0) or writes next.
+template <int N, int write>
+inline void fetch(std::initializer_list<const float*> rows, int64_t at) {
+  for (const float* x : rows)
+    for (int j = 0; j < N; j += W) __builtin_prefetch(x + at + j, write);
+}
+
 template <int N>
 void forward(const Wkv7& p, int64_t task) {
   const int64_t groups = N / Scan<N>::L, bh = task / groups, bi = bh / p.H, h = bh % p.H;
@@ -10,8 +17,8 @@ void forward(const Wkv7& p, int64_t task) {
   Scan<N> scan(p.s0 ? p.s0 + bh * N * N : nullptr, task % groups * Scan<N>::L);
   float* out = p.s + (p.every ? (bi * p.states() * p.H + h) : bh) * N * N;
   scan.run(p, base, step, 0, p.T, [&](int64_t t) {
-    for (const float* x : {p.r, p.w, p.k, p.v, p.a, p.b})            // a head's tokens lie too far apart to be foreseen
-      for (int j = 0; j < N; j += W) __builtin_prefetch(x + base + (t + 4) * step + j);
+    fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b}, base + (t + 4) * step);
+    fetch<N, 1>({p.y, p.sa ? p.sa : p.y}, base + (t + 4) * step);
     if (p.mid && t % CHUNK == 0) scan.put(p.mid + (bh * chunks + t / CHUNK) * N * N);
     if (p.every && t % p.every == 0) scan.put(out + t / p.every * p.H * N * N);
   });
@@ -23,9 +30,10 @@ void forward(const Wkv7& p, int64_t task) {
 // Chunks are the outer loop, so that what a chunk reads and writes stays in the cache while its row groups pass over it.
 template <int N>
 void backward(const Wkv7& p, int64_t bh) {
-  constexpr int G = N / W, R = 8;                        // 2 R = 16 sums of a row group fill one sum16
+  constexpr int G = N / W, R = N > 32 ? 8 : N, Q = 8;    // 2 Q = 16 sums of Q rows fill one sum16
   const int64_t bi = bh / p.H, h = bh % p.H, step = p.H * N, base = (bi * p.T * p.H + h) * N;
-  const int64_t chunks = (p.T + CHUNK - 1) / CHUNK;
+  const int64_t chunks = (p.T + CHUNK - 1) / CHUNK, next = std::min(bh + 1, p.B * p.H - 1);
+  const int64_t other = (next / p.H * p.T * p.H + next % p.H) * N + (chunks - 1) * CHUNK * step;       // the next head's last chunk
   alignas(64) float S[CHUNK + 1][R][N], all[N][N], ew[CHUNK][N];               // all: the gradient of the state
   auto add_ds = [&](int64_t n, float (*D)[N], int64_t i0, int rows) {          // that of the returned state number n
     if (!p.ds) return;
@@ -40,9 +48,11 @@ void backward(const Wkv7& p, int64_t bh) {
       for (int j = 0; j < N; j += W) store(ew[q] + j, vexp(load(p.w + base + (t0 + q) * step + j)));
     for (int64_t i0 = 0; i0 < N; i0 += R) {
       float (*D)[N] = all + i0;
+      fetch<R * N, 0>({p.mid}, ((n ? bh * chunks + n - 1 : next * chunks + chunks - 1) * N + i0) * N);
       std::memcpy(S[0], p.mid + ((bh * chunks + n) * N + i0) * N, sizeof S[0]);
       for (int64_t q = 0; q < len; ++q) {                // the states inside this chunk once more
         const int64_t o = base + (t0 + q) * step;
+        if (!i0) fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
         for (int g = 0; g < G; ++g) {
           const V k = load(p.k + o + g * W), b = load(p.b + o + g * W), e = load(ew[q] + g * W);
           for (int i = 0; i < R; ++i)
@@ -51,23 +61,24 @@ void backward(const Wkv7& p, int64_t bh) {
       }
       for (int64_t q = len - 1; q >= 0; --q) {
         const int64_t t = t0 + q, o = base + t * step;
+        if (!i0) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, n ? o - CHUNK * step : other + q * step);
         if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every, D, i0, R);
         const float *dy = p.dy + o + i0, *v = p.v + o + i0, *sa = p.sa + o + i0;
-        V part[2 * R];                                   // rows' partial sums of dv (0..R-1) and of d(sa) (R..2R-1)
-        for (int i = 0; i < 2 * R; ++i) part[i] = V{};
-        for (int g = 0; g < G; ++g) {
-          const V r = load(p.r + o + g * W), k = load(p.k + o + g * W), b = load(p.b + o + g * W);
-          for (int i = 0; i < R; ++i) {
-            const V d = load(&D[i][g * W]) + r * dy[i];
-            store(&D[i][g * W], d);
-            part[i] += d * k;
-            part[R + i] += d * b;
-          }
+        alignas(64) float dsa[R], sums[2 * Q];
+        for (int i = 0; i < R; i += Q) {
+          V part[2 * Q] = {};                            // rows' partial sums of dv (0..Q-1) and of d(sa) (Q..2Q-1)
+          for (int j = 0; j < Q; ++j)
+            for (int g = 0; g < G; ++g) {
+              const V d = load(&D[i + j][g * W]) + load(p.r + o + g * W) * dy[i + j];
+              store(&D[i + j][g * W], d);
+              part[j] += d * load(p.k + o + g * W);
+              part[Q + j] += d * load(p.b + o + g * W);
+            }
+          store(sums, sum16(part));
+          std::memcpy(p.dv + o + i0 + i, sums, 4 * Q);
+          std::memcpy(dsa + i, sums + Q, 4 * Q);
         }
-        alignas(64) float sums[2 * R];
-        store(sums, sum16(part));
-        std::memcpy(p.dv + o + i0, sums, 4 * R);
-        if (p.dc) std::memcpy(p.dc + o + i0, sums + R, 4 * R);
+        if (p.dc) std::memcpy(p.dc + o + i0, dsa, sizeof dsa);
         for (int g = 0; g < G; ++g) {
           V dr = {}, dk = {}, db = {}, dw = {}, da = {};
           const V e = load(ew[q] + g * W), a = load(p.a + o + g * W);
@@ -77,8 +88,8 @@ void backward(const Wkv7& p, int64_t bh) {
             dk += d * v[i];
             db += d * sa[i];
             dw += d * prev;
-            da += prev * sums[R + i];
-            store(&D[i][g * W], d * e + a * sums[R + i]);
+            da += prev * dsa[i];
+            store(&D[i][g * W], d * e + a * dsa[i]);
           }
           dw *= e;                                       // d/d(log-decay)
           const int64_t at = o + g * W;
