@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import train
 from conftest import ROOT, kill_after, ok
 
 TINY = dict(STRUCT_TASK=1, STRUCT_LEN=2, DW_JRT=1, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=6, EVAL_INTERVAL=3, STRUCT_EVAL_N=10,
@@ -50,6 +51,30 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
     assert len(whole) == 6 and cut == whole
     a, b = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("whole", "cut"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and b["step"] == 6
+
+
+def test_batched_muon_is_torchs_muon():
+    """The same steps on tall, wide and square matrices, one of them without a gradient at first, and states that either can go on from."""
+    shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16), (16, 48), (1, 16)]
+    options = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    ours[0].requires_grad_(False), theirs[0].requires_grad_(False)
+    a, b = train.Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    a.step()                                       # nothing learns: nothing happens
+    assert all((p == 1).all() for p in ours) and not a.state
+    for step in range(4):
+        if step == 3:                              # each goes on from what the other has saved
+            a, b, states = train.Muon(ours, **options), torch.optim.Muon(theirs, **options), (a.state_dict(), b.state_dict())
+            a.load_state_dict(states[1]), b.load_state_dict(states[0])
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            if i or step > 1:
+                p.grad = torch.randn(p.shape, generator=g)
+                q.grad = p.grad.clone()
+        a.step(), b.step()
+        for p, q in zip(ours, theirs):
+            assert (p - q).abs().max() <= 0.02 * options["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5, (step, p.shape)
+    assert (ours[0] - 1).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("more", [{}, dict(OBJECTIVE="gaussian", DW_JRT=0, SELF_COND=1, EMA=0.9, FREEZE="emb", UNFREEZE_AFTER_STEPS=1, UNFREEZE_PATTERNS=".")])
