@@ -581,7 +581,8 @@ class Shared:
             return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
         if self.lengths is None:
             return x[:, -1]
-        return x.flatten(0, 1).index_select(0, self.once("last", lambda: torch.arange(0, self.B * self.T, self.T, device=x.device) + self.lengths - 1))
+        at = self.once("last", lambda: torch.arange(0, self.B * self.T, self.T, device=x.device) + self.lengths - 1)
+        return x.flatten(0, 1).index_select(0, at)
 
     def shifted(self, x, reach=0):
         """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
