@@ -107,7 +107,8 @@ class Muon(torch.optim.Muon):
             if not params:                             # none of them learns at present
                 continue
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
                 tall = p.shape[0] > p.shape[1]         # tall ones lie down
                 alike.setdefault(tuple(sorted(p.shape)), []).append((p.mT if tall else p, update.mT if tall else update, p.shape[0] / p.shape[1]))

@@ -154,10 +154,7 @@ def read_state(s, q, y=None):
     kind, dtype = _kind(q), (q if y is None else y).dtype
     kernel = q.shape[-1] in HEAD_SIZES and _kernel(q.device, kind)
     args = *_to(kind, s), *_to(kind, q, y, half=kernel)
-    if kernel:
-        return run(ReadState, _read_state, *args).to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        return read_state_torch(*args).to(dtype)
+    return (run(ReadState, _read_state, *args) if kernel else read_state_torch(*args)).to(dtype)     # matrix products: autocast may have them
 
 
 def read_state_torch(s, q, y=None):
