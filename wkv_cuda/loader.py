@@ -72,7 +72,7 @@ def build(name):
             compiled("nanodir_cuda", [*here.glob("*.cu"), here / "bindings.cpp"], [*flags, "-DDEVICE=CUDA"], ["-O3", *gpu_flags()])
         else:
             native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-            compiled("nanodir_cpp", here.glob("*.cpp"), [*flags, native, "-fno-math-errno"])
+            compiled("nanodir_cpp", here.glob("*.cpp"), [*flags, native, "-fno-math-errno", "-falign-loops=64"])
         return ""
     except Exception as e:                 # whatever a compiler, a disk or a loader can do: the caller decides
         tail = [line for line in str(e).splitlines() if line.strip()][-3:]

@@ -30,7 +30,8 @@ void forward(const Wkv7& p, int64_t task) {
 // Chunks are the outer loop, so that what a chunk reads and writes stays in the cache while its row groups pass over it.
 template <int N>
 void backward(const Wkv7& p, int64_t bh) {
-  constexpr int G = N / W, R = N > 32 ? 8 : N, Q = 8;    // 2 Q = 16 sums of Q rows fill one sum16
+  constexpr int G = N / W, R = N > 32 ? 16 : N;
+  constexpr int Q = 8, P = std::min(G, 2);               // 2 Q = 16 sums of Q rows fill one sum16; P vectors share what they read
   const int64_t bi = bh / p.H, h = bh % p.H, step = p.H * N, base = (bi * p.T * p.H + h) * N;
   const int64_t chunks = (p.T + CHUNK - 1) / CHUNK, next = std::min(bh + 1, p.B * p.H - 1);
   const int64_t other = (next / p.H * p.T * p.H + next % p.H) * N + (chunks - 1) * CHUNK * step;       // the next head's last chunk
@@ -79,24 +80,28 @@ void backward(const Wkv7& p, int64_t bh) {
           std::memcpy(dsa + i, sums + Q, 4 * Q);
         }
         if (p.dc) std::memcpy(p.dc + o + i0, dsa, sizeof dsa);
-        for (int g = 0; g < G; ++g) {
-          V dr = {}, dk = {}, db = {}, dw = {}, da = {};
-          const V e = load(ew[q] + g * W), a = load(p.a + o + g * W);
-          for (int i = 0; i < R; ++i) {
-            const V d = load(&D[i][g * W]), prev = load(&S[q][i][g * W]);
-            dr += load(&S[q + 1][i][g * W]) * dy[i];
-            dk += d * v[i];
-            db += d * sa[i];
-            dw += d * prev;
-            da += prev * dsa[i];
-            store(&D[i][g * W], d * e + a * dsa[i]);
+        for (int g = 0; g < G; g += P) {
+          V dr[P] = {}, dk[P] = {}, db[P] = {}, dw[P] = {}, da[P] = {}, e[P], a[P];
+          for (int x = 0; x < P; ++x) { e[x] = load(ew[q] + (g + x) * W); a[x] = load(p.a + o + (g + x) * W); }
+          for (int i = 0; i < R; ++i)
+            for (int x = 0; x < P; ++x) {
+              const int j = (g + x) * W;
+              const V d = load(&D[i][j]), prev = load(&S[q][i][j]);
+              dr[x] += load(&S[q + 1][i][j]) * dy[i];
+              dk[x] += d * v[i];
+              db[x] += d * sa[i];
+              dw[x] += d * prev;
+              da[x] += prev * dsa[i];
+              store(&D[i][j], d * e[x] + a[x] * dsa[i]);
+            }
+          for (int x = 0; x < P; ++x) {
+            const int64_t at = o + (g + x) * W;
+            dw[x] *= e[x];                               // d/d(log-decay)
+            if (i0) {
+              dr[x] += load(p.dr + at); dk[x] += load(p.dk + at); db[x] += load(p.db + at); dw[x] += load(p.dw + at); da[x] += load(p.da + at);
+            }
+            store(p.dr + at, dr[x]); store(p.dk + at, dk[x]); store(p.db + at, db[x]); store(p.dw + at, dw[x]); store(p.da + at, da[x]);
           }
-          dw *= e;                                       // d/d(log-decay)
-          const int64_t at = o + g * W;
-          if (i0) {
-            dr += load(p.dr + at); dk += load(p.dk + at); db += load(p.db + at); dw += load(p.dw + at); da += load(p.da + at);
-          }
-          store(p.dr + at, dr); store(p.dk + at, dk); store(p.db + at, db); store(p.dw + at, dw); store(p.da + at, da);
         }
       }
     }
