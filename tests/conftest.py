@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -38,14 +39,18 @@ ZYGOTE = """
 import json, os, runpy, signal, sys, traceback
 import numpy, torch, torch.utils.cpp_extension, tqdm
 for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
+    job, children = json.loads(line), []
+    for env in job["envs"]:
+        if child := os.fork():
+            children.append(child)
+            continue
+        if children:
+            job["stdout"] = job["stderr"] = os.devnull
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(job["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.environ.clear()
-        os.environ.update(job["env"])
+        os.environ.update(env)
         os.chdir(job["cwd"])
         signal.alarm(120)
         sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
@@ -58,7 +63,8 @@ for line in sys.stdin:
             code = 1
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(next((code for code in codes if code), 0), flush=True)
 """
 
 
@@ -72,12 +78,16 @@ def zygote():
 
 @pytest.fixture
 def run(tmp_path, zygote):
-    """Run a script of the repository as a user would -> CompletedProcess."""
-    def call(script, *options, **env):
+    """Run a script of the repository as a user would -> CompletedProcess; ranks: in so many processes, as torchrun would, with the first one's output."""
+    def call(script, *options, ranks=1, **env):
         keep = ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")
         env = {k: v for k, v in os.environ.items() if k in keep} | {k: str(v) for k, v in env.items()}
         argv, files = [os.path.join(ROOT, script), *map(str, options)], [str(tmp_path / name) for name in (".stdout", ".stderr")]
-        zygote.stdin.write(json.dumps(dict(argv=argv, env=env, cwd=str(tmp_path), stdout=files[0], stderr=files[1])) + "\n")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        envs = [env | world | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)] if ranks > 1 else [env]
+        zygote.stdin.write(json.dumps(dict(argv=argv, envs=envs, cwd=str(tmp_path), stdout=files[0], stderr=files[1])) + "\n")
         zygote.stdin.flush()
         code = int(zygote.stdout.readline())
         return subprocess.CompletedProcess(argv, code, *(open(f, encoding="utf-8").read() for f in files))

@@ -3,7 +3,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 import data
 import diffusion
 import model as nets
-from conftest import ROOT, kill_after, ok
+from conftest import kill_after, ok
 from test_model import official
 from test_pairs import WORDS
 
@@ -468,9 +467,7 @@ def test_two_processes_give_the_same_run(run, pairs, tmp_path):
     settings = TINY | dict(DATA_PATH=pairs, MAX_ITERS=4, EVAL_INTERVAL=10)
     ok(run("train.py", "--out_dir=one", **settings))
     ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
-    env = os.environ | {k: str(v) for k, v in settings.items()}
-    ok(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", os.path.join(ROOT, "train.py"),
-                       "--out_dir=two"], cwd=tmp_path, env=env, capture_output=True, text=True))
+    ok(run("train.py", "--out_dir=two", ranks=2, **settings))
     one = losses(tmp_path / "one")
     for other in ("parts", "two"):
         for (step, loss, mode), (_, want, _) in zip(losses(tmp_path / other), one, strict=True):

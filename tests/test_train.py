@@ -82,11 +82,13 @@ def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, more):
     settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10) | more
     ok(run("train.py", "--out_dir=one", **settings))
     ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
-    env = {k: v for k, v in os.environ.items()} | {k: str(v) for k, v in settings.items()}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
-                           os.path.join(ROOT, "train.py"), "--out_dir=two", "--device_bsz=2"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    ok(done)
-    assert done.stdout.count("step 3:") == 1
+    if more:
+        done = run("train.py", "--out_dir=two", "--device_bsz=2", ranks=2, **settings)
+    else:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
+                               os.path.join(ROOT, "train.py"), "--out_dir=two", "--device_bsz=2"], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {k: str(v) for k, v in settings.items()})
+    assert ok(done).count("step 3:") == 1
     one = losses(tmp_path / "one")
     for other in ("parts", "two"):
         assert losses(tmp_path / other).keys() == one.keys()
@@ -99,12 +101,8 @@ def test_a_network_in_pieces_learns_the_same(run, tmp_path):
                            EMA=0.9, DEVICE_BSZ=2)
     ok(run("train.py", "--out_dir=whole", **settings))
 
-    def split(*options):
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617",
-                               os.path.join(ROOT, "train.py"), "--out_dir=split", *options], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {k: str(v) for k, v in settings.items()})
-    ok(split("--shard=1", "--max_iters=2"))
-    ok(split("--shard=1", "--init_from=resume"))
+    ok(run("train.py", "--out_dir=split", "--shard=1", "--max_iters=2", ranks=2, **settings))
+    ok(run("train.py", "--out_dir=split", "--shard=1", "--init_from=resume", ranks=2, **settings))
     one, two = losses(tmp_path / "whole"), losses(tmp_path / "split")
     assert len(two) == 4 and all(two[step] == pytest.approx(loss, rel=2e-3) for step, loss in one.items())
     saved = torch.load(tmp_path / "split" / "ckpt.pt", weights_only=True)
