@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from wkv_cuda import HEAD_SIZES, biwkv, read_state, shift_mix, squared_relu, wkv7, wkv7_mix
+from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
 
 @dataclass
@@ -261,7 +261,7 @@ class Scan7(nn.Module):
     def mix(self, x, last, valid, v_first, **scan):
         """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, this layer's values.
 
-        scan: s0 and every, as wkv7 takes them, or `scan` to call instead of it.
+        scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it.
         """
         m = self.like[0] or self
         xr, xw, xk, xv, xa, xg = shift_mix(x, last, torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]))
@@ -290,8 +290,14 @@ class RWKV7(Scan7):
 
     def forward(self, x, state, shared):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        scan = dict(scan=lambda *z: self.scan(*z, s0, shared)) if shared.seeded else dict(s0=s0, every=shared.every)
+        if shared.seeded and shared.piece < shared.T:
+            scan = dict(scan=lambda *z: self.scan(*z, s0, shared))
+        else:
+            s0, leak = self.start(s0, shared.seeds and shared.seeds[0])
+            scan = dict(s0=s0, leak=leak, every=shared.every)
         y, s, v = self.mix(shared.shifted(x), last, shared.valid, shared.v_first.get("forward"), **scan)
+        if "scan" not in scan and shared.seeded:
+            shared.seeds = [s]
         shared.v_first.setdefault("forward", v)
         if shared.every:
             s = s[:, :-(-shared.T // shared.every)].flatten(0, 1)
@@ -304,30 +310,26 @@ class RWKV7(Scan7):
         return self.output(y), s, shared.last(x, last)
 
     def scan(self, r, w, k, v, a, b, s0, shared):
-        """DW-JRT's forward scan from s0 in pieces, each with its own seed: the whole sequence, or a block where there are blocks."""
-        ys, ends, whole = [], [], (r, w, k, v, a, b)
-        pieces = [whole] if shared.piece >= r.shape[1] else zip(*(z.split(shared.piece, 1) for z in whole))
-        for i, piece in enumerate(pieces):
-            y, end = self.seeded(*piece, s0, shared.seeds and shared.seeds[i])
+        """DW-JRT's forward scan from s0 in blocks, each with its own seed."""
+        ys, ends = [], []
+        for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
+            first, leak = self.start(s0, shared.seeds and shared.seeds[i])
+            y, end = wkv7_leaky(*piece, first, leak)
             if i and shared.valid is not None:      # a row that has ended is not seeded again
                 end = torch.where(shared.valid[:, i * shared.piece, None, None, None], end, s0)
             s0 = end
             ys.append(y)
             ends.append(s0)
         shared.seeds = ends
-        return torch.cat(ys, 1) if len(ys) > 1 else ys[0], s0
+        return torch.cat(ys, 1), s0
 
-    def seeded(self, r, w, k, v, a, b, s0, seed):
-        """One piece: s0 the carried state, seed the final state of the layer below, each (B,H,N,N) or None."""
+    def start(self, s0, seed):
+        """s0 the carried state, seed the final state of the layer below, each (B,H,N,N) or None -> the first state and the leak, or None."""
         if self.jrt is None or seed is None:
-            return wkv7(r, w, k, v, a, b, s0)
+            return s0, None
         if s0 is not None and not self.jrt.keeps_context:
             raise ValueError("this form of DW-JRT forgets the carried state: use dw_jrt_inject=gate for blocks and for going on from a state")
-        s0, leak = self.jrt(seed, s0)
-        if leak is None:
-            return wkv7(r, w, k, v, a, b, s0)
-        y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read_state(leak, a))         # the plain recurrence on U = S - J
-        return read_state(leak, r, y), u + leak
+        return self.jrt(seed, s0)
 
 
 class BiWKV(nn.Module):

@@ -1,5 +1,7 @@
 """The fused parts of a block: the kernels in float32 against their plain-torch definitions in float64, outputs and every gradient."""
+import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -134,14 +136,50 @@ def test_the_fused_mix_is_the_three_steps(N, T, every, some, monkeypatch):
     assert found_half[0].dtype == torch.bfloat16 and found_half[1].dtype == torch.float32
 
 
-def test_the_fused_mix_gives_way_to_gradients():
+def with_gradients(x, used, **options):
+    """wkv7_mix's outputs and the gradients of all tensors given, where only the outputs in `used` are used."""
+    leaf = {n: z.detach().clone().requires_grad_() if torch.is_tensor(z) and z.is_floating_point() else z for n, z in x.items()}
+    out = wkv7_mix(**leaf, **options)
+    g = torch.Generator().manual_seed(3)
+    given = [torch.randn(z.shape, generator=g).bfloat16().to(z.dtype) for z in out]
+    torch.autograd.backward([out[i] for i in used], [given[i] for i in used])
+    return ({i: out[i].detach() for i in used},
+            {"d" + n: z.grad for n, z in leaf.items() if torch.is_tensor(z) and z.requires_grad and z.grad is not None})
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("kind, every", [("least", None), ("all", None), ("all", 4), ("leak", None)])
+@pytest.mark.parametrize("N, T", [(16, 1), (32, 37), (64, 16), (128, 5)])
+def test_gradients_of_the_mix(N, T, kind, every, used):
+    """Every output and gradient of the kernels one after the other, in float32 and with bfloat16 rows, against float64."""
+    x = mix_case(2, T, N, 2 * N, kind != "least")
+    if kind == "leak":
+        x["leak"] = 0.5 * torch.randn(x["s0"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    f = functools.partial(with_gradients, used=used, every=every)
+    found, wanted = f(in_dtype(x, torch.float32)), f(in_dtype(x, torch.float64))
+    half = {n: z.bfloat16() if n in MIXED and z is not None else z for n, z in in_dtype(x, torch.float32).items()}
+    found_half, wanted_half = f(half), f(in_dtype(half, torch.float64))
+    assert wanted[1].keys() >= {"d" + n for n, z in x.items() if torch.is_tensor(z) and z.is_floating_point()} or 0 not in used
+    for i, tolerance, tolerance_half in ((0, 1e-5, 5e-3), (1, 1e-4, 2e-2)):
+        for name, want in wanted[i].items():
+            assert (found[i][name] - want).norm() <= tolerance * want.norm() + 1e-9, name
+            want, got = wanted_half[i][name], found_half[i][name]
+            assert (got.double() - want).norm() <= tolerance_half * want.norm() + 1e-9, name
+            if i:
+                assert got.dtype == half[name[1:]].dtype and got.shape == half[name[1:]].shape, name
+        assert all(not z.any() for name, z in found[i].items() if name not in wanted[i])
+
+
+def test_a_mix_of_wrong_shapes_never_reaches_a_kernel():
     x = in_dtype(mix_case(2, 9, 32, 64, True), torch.float32)
-    x["r"].requires_grad_()
-    out, s = wkv7_mix(**x)
-    out.sum().backward()
-    with torch.no_grad():
-        again, s2 = wkv7_mix(**x)
-    assert x["r"].grad.abs().sum() > 0 and (out - again).abs().max() < 1e-4 * out.abs().max() and (s - s2).abs().max() < 1e-4
+    for change, words in ((dict(s0=torch.zeros(2, 2, 32, 16)), "s0 has shape (2, 2, 32, 16), expected (B,H,N,N) = (2, 2, 32, 32)"),
+                          (dict(leak=torch.zeros(1, 2, 32, 32)), "leak has shape (1, 2, 32, 32)"), (dict(every=0), "every=0"),
+                          (dict(s0=None, leak=torch.zeros(2, 2, 32, 32)), "leak"), (dict(valid=torch.ones(2, 8).bool()), "valid"),
+                          (dict(v0=None), "v0")):
+        for grad in (True, False):
+            x["r"].requires_grad_(grad)
+            with pytest.raises(ValueError, match=re.escape(words)):
+                wkv7_mix(**x | change)
 
 
 def test_extreme_inputs(monkeypatch):
@@ -333,6 +371,27 @@ def test_compile_sees_through(monkeypatch):
     for found, want in zip(compiled, under_autocast(all_four, x)):
         assert {n: z.dtype for n, z in found.items()} == {n: z.dtype for n, z in want.items()}
         assert all((found[n] - z).norm() <= 1e-2 * z.norm() for n, z in want.items())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_whole_network_compiles(grad, monkeypatch):
+    """In one graph, with DW-JRT's leak, padding and the C++ kernels in it."""
+    monkeypatch.setenv("WKV_IMPL", "cpp")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = model.Denoiser(model.ModelConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=11, dw_jrt=True))
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x, lengths, found = torch.randint(12, (2, 21)), torch.tensor([21, 9]), []
+    for f in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        with torch.set_grad_enabled(grad):
+            logits = f(x, lengths=lengths).logits
+        if grad:
+            logits.square().mean().backward()
+        found.append({"logits": logits.detach()} | {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 50 * grad
+    assert all(torch.allclose(found[1][n], z, rtol=1e-3, atol=1e-5) for n, z in found[0].items())
 
 
 @pytest.mark.parametrize("op,change,words", [

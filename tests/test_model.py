@@ -8,6 +8,7 @@ import torch
 
 import model as nets
 from model import Denoiser, ModelConfig, from_pretrained, load_checkpoint, parameter_kinds, save_checkpoint
+from wkv_cuda import wkv7_leaky
 
 SMALL = ModelConfig(n_layer=3, n_embd=64, head_size=16, vocab_size=11)
 
@@ -113,9 +114,9 @@ def test_dw_jrt_forms_by_their_definitions(inject, carried):
     w, seed, ctx = -w.abs(), torch.randn(B, H, N, N), torch.randn(B, H, N, N) if carried else None
     if carried and inject != "gate":      # they would forget what was carried
         with pytest.raises(ValueError, match="use dw_jrt_inject=gate"):
-            mixer.seeded(r, w, k, v, a, b, ctx, seed)
+            mixer.start(ctx, seed)
         return
-    y, s_end = mixer.seeded(r, w, k, v, a, b, ctx, seed)
+    y, s_end = wkv7_leaky(r, w, k, v, a, b, *mixer.start(ctx, seed))
     g = mixer.jrt.alpha.sigmoid().double()[:, None, None] if inject != "init" else None
     base = torch.zeros(B, H, N, N, dtype=torch.float64) if ctx is None else ctx.double()
     s = {"init": lambda: 1.7 * seed.double(), "gate": lambda: base + g * (1.7 * seed.double() - base),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .loader import backend, call, operator, run, wants_grad
-from .wkv7 import HEAD_SIZES, wkv7
+from .wkv7 import HEAD_SIZES, _wkv7, _wkv7_backward, wkv7
 
 
 def shift_mix(x, last, mix, reach=0):
@@ -63,11 +63,7 @@ def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_siz
     w, a, k, v, gate, v_first: (B,T,C), floating point; w0, a0, v0, k_k, k_a: C elements; valid: (B,T) bool or None.
     gate, v_first and v0 are None together: then v' is v, in its own dtype.
     """
-    _check("wkv7_inputs", w, head_size, dict(a=a, k=k, v=v, gate=gate, v_first=v_first), dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a))
-    if len({x is None for x in (gate, v_first, v0)}) > 1:
-        raise ValueError("wkv7_inputs: gate, v_first and v0 go together: give all three or None three times")
-    if valid is not None and (valid.shape != w.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"wkv7_inputs: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {tuple(w.shape[:2])}")
+    _check("wkv7_inputs", w, head_size, dict(a=a, k=k, v=v, gate=gate, v_first=v_first), dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a), valid)
     kind = _kind(w)
     kernel = _kernel(w.device, kind)
     rows = (w, a, k, *((None, None, None) if gate is None else (v, gate, v_first)))
@@ -95,25 +91,40 @@ def wkv7_inputs_torch(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, he
 
 
 def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, eps, valid, head_size, s0=None, every=None,
-             scan=None):
-    """All of RWKV-7's time mixing between the projections: wkv7_inputs, the recurrence, wkv7_output -> (B,T,C), and the state or states
-    that wkv7 returns. scan: what to call as the recurrence, (r, w, k, v, a, b), each (B,T,H,N) -> y, s, in place of wkv7 from s0.
+             leak=None, scan=None):
+    """All of RWKV-7's time mixing between the projections: wkv7_inputs, wkv7_leaky, wkv7_output -> (B,T,C), and the state or states that
+    the recurrence returns. scan: what to call as the recurrence, (r, w, k, v, a, b), each (B,T,H,N) -> y, s, in place of wkv7_leaky.
 
-    Where no gradient is wanted, one kernel does it all for a few tokens at a time, and nothing in between leaves the cache.
+    The kernels run without what autograd would put between them; where no gradient is wanted, one kernel does it all for a few tokens
+    at a time, and nothing in between leaves the cache.
     """
+    _check("wkv7_mix", r, head_size, dict(w=w, a=a, k=k, v=v, gate=gate, v_first=v_first, g=g),
+           dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a, r_k=r_k, weight=weight, bias=bias), valid, dict(s0=s0, leak=leak))
+    if every is not None and every < 1 or leak is not None and (s0 is None or every is not None):
+        raise ValueError(f"wkv7_mix: every={every} is not allowed: give a number of tokens >= 1, or None; with a leak None, and an s0")
     kind = _kind(r)
-    tensors = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, s0)
-    if (scan or not _kernel(r.device, kind) or r.shape[0] * r.shape[2] // head_size < torch.get_num_threads()     # a head is a thread's
-            or wants_grad(*tensors)):
+    tensors = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias)
+    grads = wants_grad(*tensors, s0, leak)
+    few = lambda: not torch.compiler.is_compiling() and r.shape[0] * r.shape[2] // head_size < torch.get_num_threads()
+    if scan or not _kernel(r.device, kind) or not grads and (leak is not None or few()):             # a head is a thread's
         heads = lambda z: z.unflatten(-1, (-1, head_size))
         w, k, v, a, b = wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size)
         z = map(heads, (r, w, k, v, a, b))
-        y, s = scan(*z) if scan else wkv7(*z, s0, every=every)
+        y, s = scan(*z) if scan else wkv7_leaky(*z, s0, leak, every)
         return wkv7_output(y.flatten(2), r, k, v, g, r_k, weight, bias, eps, head_size), s
-    _check("wkv7_mix", r, head_size, dict(w=w, a=a, k=k, v=v, gate=gate, v_first=v_first, g=g),
-           dict(w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a, r_k=r_k, weight=weight, bias=bias))
-    rows, params = _to(kind, *tensors[:8], half=True), _to(kind, *tensors[8:])
-    return tuple(_wkv7_mix(*rows, *params[:-1], valid, params[-1], eps, head_size, every or 0))
+    args = *_to(kind, *tensors[:8], half=True), *_to(kind, *tensors[8:]), valid, *_to(kind, s0)
+    if grads:
+        return Wkv7Mix.apply(*args, *_to(kind, leak), eps, head_size, every or 0)
+    return tuple(_wkv7_mix(*args, eps, head_size, every or 0))
+
+
+def wkv7_leaky(r, w, k, v, a, b, s0=None, leak=None, every=None):
+    """wkv7 with J diag(1 - exp w_t) added to the state at every step, `leak` being J (B,H,N,N), None for none: the plain recurrence on
+    S - J, with what J gives written and read on top. Where there is a leak, s0 is given and `every` is not."""
+    if leak is None:
+        return wkv7(r, w, k, v, a, b, s0, every=every)
+    y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read_state(leak, a))
+    return read_state(leak, r, y), u + leak
 
 
 def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
@@ -189,7 +200,7 @@ def _kernel(device, kind):
     return backend(device.type, kind) == "cpp"
 
 
-def _check(op, x, head_size, tensors, parameters):
+def _check(op, x, head_size, tensors, parameters, valid=None, states={}):
     """The kernels trust every shape, so a wrong one must not get past here."""
     if head_size not in HEAD_SIZES or x.shape[-1] % head_size:
         raise ValueError(f"{op}: head size {head_size} is not supported for C = {x.shape[-1]}: "
@@ -200,6 +211,15 @@ def _check(op, x, head_size, tensors, parameters):
     for name, z in parameters.items():
         if z is not None and z.numel() != x.shape[-1]:
             raise ValueError(f"{op}: {name} has {z.numel()} elements, expected C = {x.shape[-1]}")
+    given = tensors | parameters
+    if len({given.get(name) is None for name in ("gate", "v_first", "v0")}) > 1:
+        raise ValueError(f"{op}: gate, v_first and v0 go together: give all three or None three times")
+    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"{op}: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {tuple(x.shape[:2])}")
+    shape = (x.shape[0], x.shape[2] // head_size, head_size, head_size)
+    for name, z in states.items():
+        if z is not None and z.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(z.shape)}, expected (B,H,N,N) = {shape}")
 
 
 # ---- the kernels: buffers, operators for compiled graphs, gradients ----
@@ -335,21 +355,6 @@ class Wkv7Output(torch.autograd.Function):
         return *grads, *(d.view(p.shape) for d, p in zip(sums.unbind(), args[5:])), None, None
 
 
-def _wkv7_mix_buffers(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0, eps, N, every):
-    B, T, C = r.shape
-    return [_like(r), w0.new_empty(B, *([T // every + 1] if every else []), C // N, N, N)]
-
-
-@operator(_wkv7_mix_buffers)
-def _wkv7_mix(r: Tensor, w: Tensor, a: Tensor, k: Tensor, v: Tensor, gate: Optional[Tensor], v_first: Optional[Tensor], g: Tensor,
-              w0: Tensor, a0: Tensor, v0: Optional[Tensor], k_k: Tensor, k_a: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor,
-              valid: Optional[Tensor], s0: Optional[Tensor], eps: float, N: int, every: int) -> list[Tensor]:
-    args = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0)
-    out = _wkv7_mix_buffers(*args, eps, N, every)
-    call("wkv7_mix", (*r.shape[:2], r.shape[2] // N, N, every), (*_dense(*args), *out), eps)
-    return out
-
-
 @operator(lambda s, q, y: _like(q if y is None else y))
 def _read_state(s: Tensor, q: Tensor, y: Optional[Tensor]) -> Tensor:
     out = _like(q if y is None else y)
@@ -376,6 +381,70 @@ class ReadState(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         return *_read_state_backward(*ctx.saved_tensors, dout), dout if ctx.needs_input_grad[2] else None
+
+
+class Wkv7Mix(torch.autograd.Function):
+    """wkv7_mix: the kernels' forward passes one after the other, then their backward passes."""
+
+    @staticmethod
+    def forward(ctx, r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0, leak, eps, N, every):
+        heads = lambda z: z.unflatten(-1, (-1, N))
+        rows = (w, a, k, None if gate is None else v, gate, v_first)
+        w_, k_, a_, b_, *mixed = _wkv7_inputs(*rows, w0, a0, v0, k_k, k_a, valid, N)
+        q, v_ = r.float(), mixed[0] if mixed else v.float()
+        c = None if leak is None else _read_state(leak, heads(a_), None)
+        start = s0 if leak is None else s0 - leak
+        y, s, mid, sa = _wkv7(*map(heads, (q, w_, k_, v_, a_, b_)), start, c, every, True)
+        if leak is not None:
+            y, s = _read_state(leak, heads(q), y), s + leak
+        ctx.save_for_backward(r, g, r_k, weight, bias, q, w_, k_, v_, a_, b_, y, mid, sa, leak, *rows[1:], a0, v0, k_k, k_a, valid)
+        ctx.eps, ctx.N, ctx.every, ctx.has_s0, ctx.v = eps, N, every, s0 is not None, v.dtype
+        ctx.shapes = [None if p is None else p.shape for p in (w0, a0, k_k, k_a, v0)]
+        ctx.set_materialize_grads(False)
+        return _wkv7_output(y.flatten(2), r, k_, v_, g, r_k, weight, bias, eps, N), s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, ds):
+        r, g, r_k, weight, bias, q, w_, k_, v_, a_, b_, y, mid, sa, leak, *inputs = ctx.saved_tensors
+        heads, ds0, dleak = lambda z: z.unflatten(-1, (-1, ctx.N)), None, None
+        dout = torch.zeros_like(r) if dout is None else dout
+        dy, dr, dk, dv, dg, sums = _wkv7_output_backward(y.flatten(2), r, k_, v_, g, r_k, weight, bias, ctx.eps, ctx.N, dout)
+        dq, dw_, dk_, dv_, da_, db_, *rest = _wkv7_backward(*map(heads, (q, w_, k_, v_, a_, b_)), mid, sa, ctx.every, heads(dy), ds,
+                                                            ctx.has_s0, leak is not None)
+        if ctx.has_s0:
+            ds0 = rest[0]
+        if leak is not None:
+            dleak, more = _read_state_backward(leak, heads(q), heads(dy))
+            dq += more
+            other, more = _read_state_backward(leak, heads(a_), rest[1])
+            da_ += more
+            dleak += other - ds0
+            dleak = dleak if ds is None else dleak + ds
+        dr += dq.flatten(2)
+        dk_, dv_ = dk_.flatten(2).add_(dk), dv_.flatten(2).add_(dv)
+        made = [dw_.flatten(2), dk_, da_.flatten(2), db_.flatten(2)] + ([] if inputs[2] is None else [dv_])
+        dw, da, dk, more, *mixed = _wkv7_inputs_backward(w_, *inputs, ctx.N, made)
+        dw0, da0, dk_k, dk_a, *dv0 = (d.view(shape) for d, shape in zip(more.unbind(), ctx.shapes))
+        dr_k, dweight, dbias = (d.view(p.shape) for d, p in zip(sums.unbind(), (r_k, weight, bias)))
+        dv, dgate, dv_first = mixed or (dv_.to(ctx.v), None, None)
+        return (dr, dw, da, dk, dv, dgate, dv_first, dg, dw0, da0, *(dv0 or [None]), dk_k, dk_a, dr_k, dweight, dbias, None, ds0, dleak,
+                None, None, None)
+
+
+def _wkv7_mix_buffers(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0, eps, N, every):
+    B, T, C = r.shape
+    return [_like(r), w0.new_empty(B, *([T // every + 1] if every else []), C // N, N, N)]
+
+
+@operator(_wkv7_mix_buffers)
+def _wkv7_mix(r: Tensor, w: Tensor, a: Tensor, k: Tensor, v: Tensor, gate: Optional[Tensor], v_first: Optional[Tensor], g: Tensor,
+              w0: Tensor, a0: Tensor, v0: Optional[Tensor], k_k: Tensor, k_a: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor,
+              valid: Optional[Tensor], s0: Optional[Tensor], eps: float, N: int, every: int) -> list[Tensor]:
+    args = (r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, valid, s0)
+    out = _wkv7_mix_buffers(*args, eps, N, every)
+    call("wkv7_mix", (*r.shape[:2], r.shape[2] // N, N, every), (*_dense(*args), *out), eps)
+    return out
 
 
 @operator(_like)
