@@ -421,7 +421,7 @@ class Wkv7Mix(torch.autograd.Function):
             da_ += more
             dleak += other - ds0
             dleak = dleak if ds is None else dleak + ds
-        dr += dq.flatten(2)
+        dr = (dq.flatten(2) + dr).to(dr.dtype)                # in place it would take three times as long in bfloat16
         dk_, dv_ = dk_.flatten(2).add_(dk), dv_.flatten(2).add_(dv)
         made = [dw_.flatten(2), dk_, da_.flatten(2), db_.flatten(2)] + ([] if inputs[2] is None else [dv_])
         dw, da, dk, more, *mixed = _wkv7_inputs_backward(w_, *inputs, ctx.N, made)
