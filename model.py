@@ -290,13 +290,14 @@ class RWKV7(Scan7):
 
     def forward(self, x, state, shared):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        if shared.seeded and shared.piece < shared.T:
+        pieces = shared.seeded and shared.piece < shared.T
+        if pieces:
             scan = dict(scan=lambda *z: self.scan(*z, s0, shared))
         else:
             s0, leak = self.start(s0, shared.seeds and shared.seeds[0])
             scan = dict(s0=s0, leak=leak, every=shared.every)
         y, s, v = self.mix(shared.shifted(x), last, shared.valid, shared.v_first.get("forward"), **scan)
-        if "scan" not in scan and shared.seeded:
+        if shared.seeded and not pieces:
             shared.seeds = [s]
         shared.v_first.setdefault("forward", v)
         if shared.every:

@@ -115,14 +115,18 @@ class Muon(torch.optim.Muon):
             for shape, some in alike.items():
                 n = max(1, 2**24 // math.prod(shape))  # large ones fill the machine by themselves
                 for part in (some[i:i + n] for i in range(0, len(some), n)):
-                    x = torch.stack([update for _, update, _ in part]).bfloat16()
-                    x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-                    a, b, c = group["ns_coefficients"]
-                    for _ in range(group["ns_steps"]):
-                        gram = x @ x.mT
-                        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                    for (p, _, ratio), update in zip(part, x):
+                    for (p, _, ratio), update in zip(part, self.orthogonal([update for _, update, _ in part], group)):
                         p.add_(update, alpha=-group["lr"] * max(1, ratio) ** 0.5)
+
+    def orthogonal(self, updates, group):
+        """Matrices of one shape, none of them tall -> (n, rows, columns) in bfloat16, near their nearest semi-orthogonal ones."""
+        x = torch.stack(updates).bfloat16()
+        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
 
 
 def muon_rows(model):

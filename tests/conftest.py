@@ -83,10 +83,12 @@ def run(tmp_path, zygote):
         keep = ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")
         env = {k: v for k, v in os.environ.items() if k in keep} | {k: str(v) for k, v in env.items()}
         argv, files = [os.path.join(ROOT, script), *map(str, options)], [str(tmp_path / name) for name in (".stdout", ".stderr")]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-        envs = [env | world | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)] if ranks > 1 else [env]
+        envs = [env]
+        if ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+            envs = [env | world | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
         zygote.stdin.write(json.dumps(dict(argv=argv, envs=envs, cwd=str(tmp_path), stdout=files[0], stderr=files[1])) + "\n")
         zygote.stdin.flush()
         code = int(zygote.stdout.readline())

@@ -407,13 +407,12 @@ class Wkv7Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, ds):
         r, g, r_k, weight, bias, q, w_, k_, v_, a_, b_, y, mid, sa, leak, *inputs = ctx.saved_tensors
-        heads, ds0, dleak = lambda z: z.unflatten(-1, (-1, ctx.N)), None, None
+        heads, dleak = lambda z: z.unflatten(-1, (-1, ctx.N)), None
         dout = torch.zeros_like(r) if dout is None else dout
         dy, dr, dk, dv, dg, sums = _wkv7_output_backward(y.flatten(2), r, k_, v_, g, r_k, weight, bias, ctx.eps, ctx.N, dout)
         dq, dw_, dk_, dv_, da_, db_, *rest = _wkv7_backward(*map(heads, (q, w_, k_, v_, a_, b_)), mid, sa, ctx.every, heads(dy), ds,
                                                             ctx.has_s0, leak is not None)
-        if ctx.has_s0:
-            ds0 = rest[0]
+        ds0 = rest[0] if ctx.has_s0 else None
         if leak is not None:
             dleak, more = _read_state_backward(leak, heads(q), heads(dy))
             dq += more
