@@ -136,14 +136,6 @@ void with_sums(const Rows& r, int64_t width, float* sums, void f(const P&, int64
 
 inline void add(float* p, V x) { store(p, load(p) + x); }
 
-// The sum over the lanes, in every lane.
-inline V total(V x) {
-  x += SHUFFLE(x, x, 8,9,10,11,12,13,14,15,0,1,2,3,4,5,6,7);
-  x += SHUFFLE(x, x, 4,5,6,7,0,1,2,3,12,13,14,15,8,9,10,11);
-  x += SHUFFLE(x, x, 2,3,0,1,6,7,4,5,10,11,8,9,14,15,12,13);
-  return x + SHUFFLE(x, x, 1,0,3,2,5,4,7,6,9,8,11,10,13,12,15,14);
-}
-
 struct Sigmoid { V s, d; };                              // value and derivative
 
 inline Sigmoid sigmoid(V x) {
@@ -211,11 +203,12 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
 constexpr float STRONGEST = -0.606530660f;               // -exp(-0.5), the log-decay's bound
 constexpr float TINY = 1e-12f;                           // F.normalize's eps
 
-template <int G>
+template <int N>
 void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
+  constexpr int G = N / W;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
     const bool pad = p.valid && !p.valid[o / p.C];
-    for (int64_t h = 0; h < p.C; h += G * W) {
+    for (int64_t h = 0; h < p.C; h += N) {
       V k[G], kk[G], square = {};
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
@@ -241,12 +234,13 @@ void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
   }
 }
 
-template <int G>
+template <int N>
 void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
+  constexpr int G = N / W;
   float *dw0 = sums, *da0 = sums + p.C, *dk_k = sums + 2 * p.C, *dk_a = sums + 3 * p.C, *dv0 = sums + 4 * p.C;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
     const bool pad = p.valid && !p.valid[o / p.C];
-    for (int64_t h = 0; h < p.C; h += G * W) {
+    for (int64_t h = 0; h < p.C; h += N) {
       V k[G], kk[G], square = {}, along = {};
       Sigmoid iclr[G];
       for (int g = 0; g < G; ++g) {
@@ -288,8 +282,9 @@ void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
 }
 
 // One head of one row of y, normalised, and its r k r_k summed: what both directions start from.
-template <int G>
+template <int N>
 struct Head {
+  static constexpr int G = N / W;
   V y[G], bonus;
   float scale;                                           // 1 / standard deviation
 
@@ -303,18 +298,19 @@ struct Head {
       bonus += load(p.r + o + c) * load(p.k + o + c) * load(p.r_k + c);
     }
     bonus = total(bonus);
-    const V mean = total(sum) * (1.f / (G * W));
+    const V mean = total(sum) * (1.f / N);
     for (int g = 0; g < G; ++g) { y[g] -= mean; square += y[g] * y[g]; }
-    scale = 1.f / std::sqrt(total(square)[0] * (1.f / (G * W)) + float(p.eps));
+    scale = 1.f / std::sqrt(total(square)[0] * (1.f / N) + float(p.eps));
     for (int g = 0; g < G; ++g) y[g] *= scale;
   }
 };
 
-template <int G>
+template <int N>
 void output_forward(const Wkv7Output& p, int64_t lo, int64_t hi) {
+  constexpr int G = N / W;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
-    for (int64_t h = 0; h < p.C; h += G * W) {
-      const Head<G> head(p, o, h);
+    for (int64_t h = 0; h < p.C; h += N) {
+      const Head<N> head(p, o, h);
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
         V z = head.y[g] * load(p.weight + c) + load(p.bias + c) + head.bonus * load(p.v + o + c);
@@ -323,12 +319,13 @@ void output_forward(const Wkv7Output& p, int64_t lo, int64_t hi) {
     }
 }
 
-template <int G>
+template <int N>
 void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
+  constexpr int G = N / W;
   float *dr_k = sums, *dweight = sums + p.C, *dbias = sums + 2 * p.C;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
-    for (int64_t h = 0; h < p.C; h += G * W) {
-      const Head<G> head(p, o, h);
+    for (int64_t h = 0; h < p.C; h += N) {
+      const Head<N> head(p, o, h);
       V dy[G], mean = {}, along = {}, dbonus = {};
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
@@ -342,8 +339,8 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
         mean += dy[g];
         along += dy[g] * head.y[g];
       }
-      mean = total(mean) * (1.f / (G * W));
-      along = total(along) * (1.f / (G * W));
+      mean = total(mean) * (1.f / N);
+      along = total(along) * (1.f / N);
       dbonus = total(dbonus);
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
@@ -369,7 +366,7 @@ struct Wkv7Mix {
 
 template <int N>
 void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
-  constexpr int M = 16, G = N / W, WRITTEN = 18;        // WRITTEN: the buffer `out`
+  constexpr int M = 16, WRITTEN = 18;                   // WRITTEN: the buffer `out`
   enum { R, LOGDECAY, A, K, VALUE, GATE, FIRST, OUTPUT };   // of p.rows
   const int64_t bi = bh / p.H, h = bh % p.H, C = p.H * N, c = h * N, states = p.every ? p.T / p.every + 1 : 1;
   alignas(64) float in[8][M][N], made[7][M][N];          // made: w, k, a, b, v, y, output
@@ -387,7 +384,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
     const float* gate = p.rows[GATE] ? *in[GATE] : nullptr;
     Wkv7Inputs q{len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
                  p.k_k + c, p.k_a + c, p.valid ? p.valid + bi * p.T + t0 : nullptr, *made[0], *made[1], *made[2], *made[3], *made[4]};
-    inputs_forward<G>(q, 0, len);
+    inputs_forward<N>(q, 0, len);
     Wkv7 z{};
     z.r = *in[R]; z.w = *made[0]; z.k = *made[1]; z.v = gate ? *made[4] : *in[VALUE]; z.a = *made[2]; z.b = *made[3]; z.y = *made[5];
     const int64_t ahead = (bi * p.T + t0 + M) * C + c;   // what is copied next is fetched while the scan computes
@@ -400,7 +397,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
       });
     Wkv7Output u{len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, nullptr, *made[6]};
     u.eps = call.eps;
-    output_forward<G>(u, 0, len);
+    output_forward<N>(u, 0, len);
     for (int64_t t = 0; t < len; ++t) {
       const int64_t o = (bi * p.T + t0 + t) * C + c;
       if (call.half[WRITTEN]) narrow(made[6][t], N, reinterpret_cast<uint16_t*>(p.out) + o);
@@ -411,33 +408,51 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
     if (!p.every || p.T % p.every == 0) put(scan, states - 1);
 }
 
-template <int G>
-void read_forward(const ReadState& p, int64_t lo, int64_t hi) {
-  for (int64_t head = lo * p.H; head < hi * p.H; ++head) {           // of a token
-    const float* s = p.s + (head / p.H / p.T * p.H + head % p.H) * p.N * p.N;
-    for (int64_t i = 0; i < p.N; i += W) {
-      V part[W] = {};
-      for (int x = 0; x < W; ++x)
-        for (int g = 0; g < G; ++g) part[x] += load(s + (i + x) * p.N + g * W) * load(p.q + head * p.N + g * W);
-      const V sum = sum16(part);
-      store(p.out + head * p.N + i, p.y ? sum + load(p.y + head * p.N + i) : sum);
-    }
+// c[m][n] (+)= sum over k < K of a[m am + k ak] b[k bk + n], for m < M and n < G W: sums stay in registers.
+template <int M, int G>
+inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
+  V sum[M][G] = {};
+  for (int64_t k = 0; k < K; ++k)
+    for (int m = 0; m < M; ++m)
+      for (int g = 0; g < G; ++g) sum[m][g] += load(b + k * bk + g * W) * a[m * am + k * ak];
+  for (int m = 0; m < M; ++m)
+    for (int g = 0; g < G; ++g) store(c + m * cm + g * W, more ? load(c + m * cm + g * W) + sum[m][g] : sum[m][g]);
+}
+
+// The same for any M and for n < N.
+template <int N>
+void product(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
+  constexpr int G = std::min(N / W, 2), R = REGISTERS / 8;
+  for (int n = 0; n < N; n += G * W) {
+    int64_t m = 0;
+    for (; m + R <= M; m += R) tile<R, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
+    for (; m < M; ++m) tile<1, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
   }
 }
 
-template <int G>
+// Tokens lo..hi, all of one row of the batch: as matrix products over them, head by head.
+template <int N>
+void read_forward(const ReadState& p, int64_t lo, int64_t hi) {
+  alignas(64) float turned[N][N];
+  const int64_t C = p.H * N, row = lo / p.T;
+  for (int64_t h = 0; h < p.H; ++h) {
+    const float* s = p.s + (row * p.H + h) * N * N;
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < N; ++j) turned[j][i] = s[i * N + j];
+    const int64_t o = lo * C + h * N;
+    if (p.y)
+      for (int64_t t = 0; t < hi - lo; ++t) std::memcpy(p.out + o + t * C, p.y + o + t * C, 4 * N);
+    product<N>(hi - lo, N, p.q + o, C, 1, *turned, N, p.out + o, C, p.y);
+  }
+}
+
+template <int N>
 void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
-  for (int64_t head = lo * p.H; head < hi * p.H; ++head) {
-    const int64_t at = (head / p.H / p.T * p.H + head % p.H) * p.N * p.N;
-    V q[G], dq[G] = {};
-    for (int g = 0; g < G; ++g) q[g] = load(p.q + head * p.N + g * W);
-    for (int64_t i = 0; i < p.N; ++i)
-      for (int g = 0; g < G; ++g) {
-        const float d = p.dout[head * p.N + i];
-        dq[g] += load(p.s + at + i * p.N + g * W) * d;
-        add(p.ds + at + i * p.N + g * W, q[g] * d);
-      }
-    for (int g = 0; g < G; ++g) store(p.dq + head * p.N + g * W, dq[g]);
+  const int64_t C = p.H * N, row = lo / p.T;
+  for (int64_t h = 0; h < p.H; ++h) {
+    const int64_t o = lo * C + h * N, at = (row * p.H + h) * N * N;
+    product<N>(hi - lo, N, p.dout + o, C, 1, p.s + at, N, p.dq + o, C, false);
+    product<N>(N, hi - lo, p.dout + o, 1, C, p.q + o, C, p.ds + at, N, true);
   }
 }
 
@@ -451,7 +466,7 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 }  // namespace
 
-#define BY_HEAD_SIZE(f, N) ((N) == 16 ? f<1> : (N) == 32 ? f<2> : (N) == 64 ? f<4> : f<8>)
+#define BY_HEAD_SIZE(f, N) ((N) == 16 ? f<16> : (N) == 32 ? f<32> : (N) == 64 ? f<64> : f<128>)
 
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
@@ -485,7 +500,8 @@ void read_state(const Call& call) {
   const auto f = p.back ? BY_HEAD_SIZE(read_backward, p.N) : BY_HEAD_SIZE(read_forward, p.N);
   parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
     if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
-    in_float32({call, p.B * p.T, p.H * p.N, 4}, lo * p.T, hi * p.T, [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
+    for (int64_t row = lo; row < hi; ++row)
+      in_float32({call, p.B * p.T, p.H * p.N, 4}, row * p.T, (row + 1) * p.T, [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
   });
 }
 

@@ -4,19 +4,31 @@
 #include <algorithm>
 #include <functional>
 #include <initializer_list>
+#include <utility>
 #include "call.h"
 
 // Calls f(lo, hi) on torch's threads for pieces of 0..n of at least `grain`.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
-constexpr int W = 16;       // floats in one vector: the compiler splits it where registers are narrower
+// One source for every processor: W floats fill one vector register of the target, and loops keep as many vectors at hand as it has
+// registers for. GCC takes wider vectors apart lane by lane. -DWIDTH=4 (or 8) builds a narrower one, to test it where it is not native.
+#ifndef WIDTH
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#endif
+constexpr int W = WIDTH;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int VI __attribute__((vector_size(4 * W)));
-#ifdef __clang__
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, VI{__VA_ARGS__})
-#endif
 
 inline V load(const float* p) { V x; std::memcpy(&x, p, sizeof x); return x; }
 inline void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
@@ -33,16 +45,61 @@ inline V vexp(V x) {
   return (V)((VI)(V)((VI)p + (n << 23)) & (x >= -87.f));
 }
 
-// Adds up the lanes of 16 vectors at once: lane q of the result is the sum over x[q]. A tree of interleaving adds
-// costs a third of sixteen separate horizontal sums.
-inline V sum16(V* x) {
-  for (int q = 0; q < 16; q += 2)
-    x[q] = SHUFFLE(x[q], x[q + 1], 0,16,2,18,4,20,6,22,8,24,10,26,12,28,14,30) + SHUFFLE(x[q], x[q + 1], 1,17,3,19,5,21,7,23,9,25,11,27,13,29,15,31);
-  for (int q = 0; q < 16; q += 4)
-    x[q] = SHUFFLE(x[q], x[q + 2], 0,1,16,17,4,5,20,21,8,9,24,25,12,13,28,29) + SHUFFLE(x[q], x[q + 2], 2,3,18,19,6,7,22,23,10,11,26,27,14,15,30,31);
-  for (int q = 0; q < 16; q += 8)
-    x[q] = SHUFFLE(x[q], x[q + 4], 0,1,2,3,16,17,18,19,8,9,10,11,24,25,26,27) + SHUFFLE(x[q], x[q + 4], 4,5,6,7,20,21,22,23,12,13,14,15,28,29,30,31);
-  return SHUFFLE(x[0], x[8], 0,1,2,3,4,5,6,7,16,17,18,19,20,21,22,23) + SHUFFLE(x[0], x[8], 8,9,10,11,12,13,14,15,24,25,26,27,28,29,30,31);
+// Lane i of the result is lane pick(i) of x followed by y.
+template <class Pick, int... I>
+inline V shuffle(V x, V y, Pick pick, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, y, pick(I)...);
+#else
+  return __builtin_shuffle(x, y, VI{pick(I)...});
+#endif
+}
+constexpr auto LANES = std::make_integer_sequence<int, W>();
+
+// Lanes in groups of h: the even groups of x and y side by side (odd = 0), or their odd ones (odd = h).
+template <int h, int odd>
+inline V groups(V x, V y) {
+  return shuffle(x, y, [](int i) { return (i / h % 2 ? W + i - h : i) + odd; }, LANES);
+}
+
+// Adds up the lanes of W vectors at once: lane q of the result is the sum over x[q], at a third of the cost of W separate sums.
+template <int h = 1>
+inline V lane_sums(V* x) {
+  if constexpr (h == W) {
+    return x[0];
+  } else {
+    for (int q = 0; q < W; q += 2 * h) x[q] = groups<h, 0>(x[q], x[q + h]) + groups<h, h>(x[q], x[q + h]);
+    return lane_sums<2 * h>(x);
+  }
+}
+
+// Lane q of x[p] becomes lane p of x[q].
+template <int h = 1>
+inline void transpose(V (&x)[W]) {
+  if constexpr (h < W) {
+    for (int q = 0; q < W; ++q)
+      if (q / h % 2 == 0) {
+        const V even = groups<h, 0>(x[q], x[q + h]);
+        x[q + h] = groups<h, h>(x[q], x[q + h]);
+        x[q] = even;
+      }
+    transpose<2 * h>(x);
+  }
+}
+
+// A square of W rows and columns, whose rows lie `step` floats apart, to another.
+inline void transpose(const float* from, int64_t step, float* to, int64_t to_step) {
+  V x[W];
+  for (int q = 0; q < W; ++q) x[q] = load(from + q * step);
+  transpose(x);
+  for (int q = 0; q < W; ++q) store(to + q * to_step, x[q]);
+}
+
+// The sum over the lanes, in every lane.
+template <int h = W / 2>
+inline V total(V x) {
+  if constexpr (h == 0) return x;
+  else return total<h / 2>(x + shuffle(x, x, [](int i) { return i ^ h; }, LANES));
 }
 
 void shift_mix(const Call&);
