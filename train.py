@@ -119,8 +119,10 @@ class Muon(torch.optim.Muon):
                         p.add_(update, alpha=-group["lr"] * max(1, ratio) ** 0.5)
 
     def orthogonal(self, updates, group):
-        """Matrices of one shape, none of them tall -> (n, rows, columns) in bfloat16, near their nearest semi-orthogonal ones."""
-        x = torch.stack(updates).bfloat16()
+        """Matrices of one shape, none of them tall -> (n, rows, columns), near their nearest semi-orthogonal ones: in bfloat16, as torch's,
+        where products in it are fast, else in float32, which differs by 1 % and takes a tenth of the time there."""
+        x = torch.stack(updates)
+        x = x.bfloat16() if nets.fast_bf16(x.device) else x.float()
         x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
         a, b, c = group["ns_coefficients"]
         for _ in range(group["ns_steps"]):

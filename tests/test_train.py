@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import model
 import train
 from conftest import ROOT, kill_after, ok
 
@@ -53,8 +54,10 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and b["step"] == 6
 
 
-def test_batched_muon_is_torchs_muon():
+@pytest.mark.parametrize("half", [True, False])
+def test_batched_muon_is_torchs_muon(half, monkeypatch):
     """The same steps on tall, wide and square matrices, one of them without a gradient at first, and states that either can go on from."""
+    monkeypatch.setattr(model, "fast_bf16", lambda device: half)
     shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16), (16, 48), (1, 16)]
     options = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
     g = torch.Generator().manual_seed(0)
@@ -73,7 +76,7 @@ def test_batched_muon_is_torchs_muon():
                 q.grad = p.grad.clone()
         a.step(), b.step()
         for p, q in zip(ours, theirs):
-            assert (p - q).abs().max() <= 0.02 * options["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5, (step, p.shape)
+            assert (p - q).abs().max() <= (0.02 if half else 0.05) * options["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5, (step, p.shape)
     assert (ours[0] - 1).abs().max() > 0.01
 
 

@@ -203,13 +203,14 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
 constexpr float STRONGEST = -0.606530660f;               // -exp(-0.5), the log-decay's bound
 constexpr float TINY = 1e-12f;                           // F.normalize's eps
 
-template <int N>
+constexpr int MOST = 128 / W;                             // vectors in a head
+
 void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
-  constexpr int G = N / W;
+  const int64_t N = p.N, G = N / W;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
     const bool pad = p.valid && !p.valid[o / p.C];
     for (int64_t h = 0; h < p.C; h += N) {
-      V k[G], kk[G], square = {};
+      V k[MOST], kk[MOST], square = {};
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
         k[g] = load(p.k + o + c);
@@ -234,15 +235,14 @@ void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
   }
 }
 
-template <int N>
 void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
-  constexpr int G = N / W;
+  const int64_t N = p.N, G = N / W;
   float *dw0 = sums, *da0 = sums + p.C, *dk_k = sums + 2 * p.C, *dk_a = sums + 3 * p.C, *dv0 = sums + 4 * p.C;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C) {
     const bool pad = p.valid && !p.valid[o / p.C];
     for (int64_t h = 0; h < p.C; h += N) {
-      V k[G], kk[G], square = {}, along = {};
-      Sigmoid iclr[G];
+      V k[MOST], kk[MOST], square = {}, along = {};
+      Sigmoid iclr[MOST];
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
         if (p.gate) {
@@ -282,13 +282,12 @@ void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
 }
 
 // One head of one row of y, normalised, and its r k r_k summed: what both directions start from.
-template <int N>
 struct Head {
-  static constexpr int G = N / W;
-  V y[G], bonus;
+  V y[MOST], bonus;
   float scale;                                           // 1 / standard deviation
 
   Head(const Wkv7Output& p, int64_t o, int64_t h) {
+    const int64_t N = p.N, G = N / W;
     V sum = {}, square = {};
     bonus = V{};
     for (int g = 0; g < G; ++g) {
@@ -298,19 +297,18 @@ struct Head {
       bonus += load(p.r + o + c) * load(p.k + o + c) * load(p.r_k + c);
     }
     bonus = total(bonus);
-    const V mean = total(sum) * (1.f / N);
+    const V mean = total(sum) * (1.f / float(N));
     for (int g = 0; g < G; ++g) { y[g] -= mean; square += y[g] * y[g]; }
-    scale = 1.f / std::sqrt(total(square)[0] * (1.f / N) + float(p.eps));
+    scale = 1.f / std::sqrt(total(square)[0] * (1.f / float(N)) + float(p.eps));
     for (int g = 0; g < G; ++g) y[g] *= scale;
   }
 };
 
-template <int N>
 void output_forward(const Wkv7Output& p, int64_t lo, int64_t hi) {
-  constexpr int G = N / W;
+  const int64_t N = p.N, G = N / W;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
     for (int64_t h = 0; h < p.C; h += N) {
-      const Head<N> head(p, o, h);
+      const Head head(p, o, h);
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
         V z = head.y[g] * load(p.weight + c) + load(p.bias + c) + head.bonus * load(p.v + o + c);
@@ -319,14 +317,13 @@ void output_forward(const Wkv7Output& p, int64_t lo, int64_t hi) {
     }
 }
 
-template <int N>
 void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
-  constexpr int G = N / W;
+  const int64_t N = p.N, G = N / W;
   float *dr_k = sums, *dweight = sums + p.C, *dbias = sums + 2 * p.C;
   for (int64_t o = lo * p.C; o < hi * p.C; o += p.C)
     for (int64_t h = 0; h < p.C; h += N) {
-      const Head<N> head(p, o, h);
-      V dy[G], mean = {}, along = {}, dbonus = {};
+      const Head head(p, o, h);
+      V dy[MOST], mean = {}, along = {}, dbonus = {};
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
         V v = load(p.v + o + c), weight = load(p.weight + c), dout = load(p.dout + o + c), dz = dout * load(p.g + o + c);
@@ -339,8 +336,8 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
         mean += dy[g];
         along += dy[g] * head.y[g];
       }
-      mean = total(mean) * (1.f / N);
-      along = total(along) * (1.f / N);
+      mean = total(mean) * (1.f / float(N));
+      along = total(along) * (1.f / float(N));
       dbonus = total(dbonus);
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
@@ -384,7 +381,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
     const float* gate = p.rows[GATE] ? *in[GATE] : nullptr;
     Wkv7Inputs q{len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
                  p.k_k + c, p.k_a + c, p.valid ? p.valid + bi * p.T + t0 : nullptr, *made[0], *made[1], *made[2], *made[3], *made[4]};
-    inputs_forward<N>(q, 0, len);
+    inputs_forward(q, 0, len);
     Wkv7 z{};
     z.r = *in[R]; z.w = *made[0]; z.k = *made[1]; z.v = gate ? *made[4] : *in[VALUE]; z.a = *made[2]; z.b = *made[3]; z.y = *made[5];
     const int64_t ahead = (bi * p.T + t0 + M) * C + c;   // what is copied next is fetched while the scan computes
@@ -397,7 +394,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
       });
     Wkv7Output u{len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, nullptr, *made[6]};
     u.eps = call.eps;
-    output_forward<N>(u, 0, len);
+    output_forward(u, 0, len);
     for (int64_t t = 0; t < len; ++t) {
       const int64_t o = (bi * p.T + t0 + t) * C + c;
       if (call.half[WRITTEN]) narrow(made[6][t], N, reinterpret_cast<uint16_t*>(p.out) + o);
@@ -420,10 +417,9 @@ inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float*
 }
 
 // The same for any M and for n < N.
-template <int N>
-void product(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
-  constexpr int G = std::min(N / W, 2), R = REGISTERS / 8;
-  for (int n = 0; n < N; n += G * W) {
+void product(int64_t N, int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
+  constexpr int G = std::min(2, 16 / W), R = REGISTERS / 4 / G;      // half of the registers hold sums; every N is a multiple of 16
+  for (int64_t n = 0; n < N; n += G * W) {
     int64_t m = 0;
     for (; m + R <= M; m += R) tile<R, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
     for (; m < M; ++m) tile<1, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
@@ -431,28 +427,26 @@ void product(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const
 }
 
 // Tokens lo..hi, all of one row of the batch: as matrix products over them, head by head.
-template <int N>
 void read_forward(const ReadState& p, int64_t lo, int64_t hi) {
-  alignas(64) float turned[N][N];
-  const int64_t C = p.H * N, row = lo / p.T;
+  alignas(64) float turned[128 * 128];
+  const int64_t N = p.N, C = p.H * N, row = lo / p.T;
   for (int64_t h = 0; h < p.H; ++h) {
     const float* s = p.s + (row * p.H + h) * N * N;
-    for (int i = 0; i < N; ++i)
-      for (int j = 0; j < N; ++j) turned[j][i] = s[i * N + j];
+    for (int64_t i = 0; i < N; i += W)
+      for (int64_t j = 0; j < N; j += W) transpose(s + i * N + j, N, turned + j * N + i, N);
     const int64_t o = lo * C + h * N;
     if (p.y)
       for (int64_t t = 0; t < hi - lo; ++t) std::memcpy(p.out + o + t * C, p.y + o + t * C, 4 * N);
-    product<N>(hi - lo, N, p.q + o, C, 1, *turned, N, p.out + o, C, p.y);
+    product(N, hi - lo, N, p.q + o, C, 1, turned, N, p.out + o, C, p.y);
   }
 }
 
-template <int N>
 void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
-  const int64_t C = p.H * N, row = lo / p.T;
+  const int64_t N = p.N, C = p.H * N, row = lo / p.T;
   for (int64_t h = 0; h < p.H; ++h) {
     const int64_t o = lo * C + h * N, at = (row * p.H + h) * N * N;
-    product<N>(hi - lo, N, p.dout + o, C, 1, p.s + at, N, p.dq + o, C, false);
-    product<N>(N, hi - lo, p.dout + o, 1, C, p.q + o, C, p.ds + at, N, true);
+    product(N, hi - lo, N, p.dout + o, C, 1, p.s + at, N, p.dq + o, C, false);
+    product(N, N, hi - lo, p.dout + o, 1, C, p.q + o, C, p.ds + at, N, true);
   }
 }
 
@@ -466,8 +460,6 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 }  // namespace
 
-#define BY_HEAD_SIZE(f, N) ((N) == 16 ? f<16> : (N) == 32 ? f<32> : (N) == 64 ? f<64> : f<128>)
-
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
   const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, std::max<int64_t>(1, p.reach)};
@@ -478,15 +470,15 @@ void shift_mix(const Call& call) {
 void wkv7_inputs(const Call& call) {
   const auto p = Wkv7Inputs::of(call);
   const Rows r{call, p.rows, p.C, 12};
-  if (!p.back) return over_rows(r, BY_HEAD_SIZE(inputs_forward, p.N));
-  with_sums(r, (p.gate ? 5 : 4) * p.C, p.sums, BY_HEAD_SIZE(inputs_backward, p.N));
+  if (!p.back) return over_rows(r, inputs_forward);
+  with_sums(r, (p.gate ? 5 : 4) * p.C, p.sums, inputs_backward);
 }
 
 void wkv7_output(const Call& call) {
   const auto p = Wkv7Output::of(call);
   const Rows r{call, p.rows, p.C, 9};
-  if (!p.back) return over_rows(r, BY_HEAD_SIZE(output_forward, p.N));
-  with_sums(r, 3 * p.C, p.sums, BY_HEAD_SIZE(output_backward, p.N));
+  if (!p.back) return over_rows(r, output_forward);
+  with_sums(r, 3 * p.C, p.sums, output_backward);
 }
 
 void wkv7_mix(const Call& call) {
@@ -497,7 +489,7 @@ void wkv7_mix(const Call& call) {
 
 void read_state(const Call& call) {
   const auto p = ReadState::of(call);
-  const auto f = p.back ? BY_HEAD_SIZE(read_backward, p.N) : BY_HEAD_SIZE(read_forward, p.N);
+  const auto f = p.back ? read_backward : read_forward;
   parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
     if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
     for (int64_t row = lo; row < hi; ++row)
