@@ -493,7 +493,8 @@ void read_state(const Call& call) {
   parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
     if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
     for (int64_t row = lo; row < hi; ++row)
-      in_float32({call, p.B * p.T, p.H * p.N, 4}, row * p.T, (row + 1) * p.T, [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
+      in_float32({call, p.B * p.T, p.H * p.N, 4}, row * p.T, (row + 1) * p.T,
+                 [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
   });
 }
 
