@@ -16,9 +16,7 @@ constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = 
 #else
 #define LIBRARY nanodir_kernel
 #define DEVICE CPU
-constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = {
-    {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix}, {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
-    {"wkv7_mix", wkv7_mix}, {"read_state", read_state}, {"squared_relu", squared_relu}};
+constexpr auto& KERNELS = CPU_KERNELS;
 #endif
 
 // An empty tensor stands for None.
