@@ -17,7 +17,7 @@ from conftest import ROOT
 from wkv_cuda import loader
 
 KERNELS = ("wkv7", "block", "biwkv")
-FLAGS = ["-std=c++20", "-fno-math-errno"]
+FLAGS = ["-std=c++20", "-fno-math-errno", "-Wno-psabi"]
 GCC, CLANG, ARM = "g++", "clang++", "aarch64-linux-gnu-g++"
 TARGETS = {"haswell": (GCC, "-march=haswell"), "haswell, clang": (CLANG, "-march=haswell"), "skylake-avx512": (GCC, "-march=skylake-avx512"),
            "icelake-server": (GCC, "-march=icelake-server"), "x86-64": (GCC, "-march=x86-64"), "aarch64": (ARM, "-march=armv8-a")}

@@ -51,7 +51,7 @@ __attribute__((noinline)) void step(const float (*from)[N], Rows<N> to, const fl
 // What y_t sends to S_t enters its gradient D; then the sums over j: dv_i = D_i k and d(sa)_i = D_i b.
 template <int N>
 __attribute__((noinline)) void rows(Rows<N> D, const float* r, const float* k, const float* b, const float* dy, float* dv, float* dsa) {
-  constexpr int Q = REGISTERS / 4;                       // rows at once, two sums each
+  constexpr int Q = std::max(REGISTERS / 4, W / 2);      // rows at once, two sums each
   for (int i = 0; i < R<N>; i += Q) {
     V sums[2 * Q] = {}, dyi[Q];
     for (int x = 0; x < Q; ++x) dyi[x] = V{} + dy[i + x];
