@@ -13,10 +13,12 @@
     python bench.py --suite=direction   milliseconds of one denoising step of the same
     python bench.py --suite=gpu         on a GPU: kernels against the float64 twins, their speed beside the GPU's own limits, training, generation
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -92,6 +94,26 @@ def plot(name, title, xlabel, curves, **axes):
     print(f"  curves: {path}")
 
 
+def processor():
+    """What figures of speed must be read beside: the processor, floats in one of its vectors, and its measured peak with the threads at hand,
+    FLOP/s in float32 of multiply-adds on registers; zeros where there is no C++ kernel."""
+    with contextlib.suppress(OSError, StopIteration):
+        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith(("model name", "CPU part")))
+    found = {"processor": locals().get("name") or platform.processor() or platform.machine(), "vector": 0, "peak_flops": 0.0}
+    if wkv_cuda.build("cpp"):
+        return found
+    from wkv_cuda.loader import call
+    n, pieces, best = 10**5 if quick else 10**7, torch.get_num_threads(), math.inf
+    sums = torch.full((pieces, 16), torch.nan)
+    for _ in range(5):
+        start = time.perf_counter()
+        call("peak", (pieces, n), (sums,))
+        best = min(best, time.perf_counter() - start)
+    width = int(sums[0].isfinite().sum())
+    chains = 12 if width == 8 or width == 4 and platform.machine() == "x86_64" else 24
+    return found | {"vector": width, "peak_flops": 2 * chains * width * pieces * n / best}
+
+
 def suite_wkv():
     """The recurrence at (B,T,H,N) = (8,512,4,64), float32, and what a first use costs."""
     B, T, H, N = 8, 512, 4, 64
@@ -115,6 +137,11 @@ def suite_wkv():
                     forward.append(middle - start)
                     both.append(time.perf_counter() - start)
     ms = {impl: [statistics.median(times) * 1e3 for times in pair] for impl, pair in seen.items()}
+    cpu, size = processor(), B * T * H * N * N
+    # a channel takes 9 N forward, 5 N to compute the states again and 19 N backward
+    reached = [flops * size / ms["cpp"][i] * 1e3 / cpu["peak_flops"] for i, flops in enumerate((9, 33))]
+    print(f"\n  {cpu['processor']}, vectors of {cpu['vector']} floats, fp32 peak {cpu['peak_flops'] / 1e9:.0f} GFLOP/s: the C++ kernel reaches "
+          f"{reached[0]:.0%} of it forward, {reached[1]:.0%} forward and backward")
     table(f"wkv7 at (B,T,H,N) = ({B},{T},{H},{N}), {torch.get_num_threads()} threads, ms",
           ["back end", "forward", "forward+backward", "faster than the loop"],
           [[impl, f"{f:.1f}", f"{fb:.1f}", f"{ms['loop'][1] / fb:.1f}x"] for impl, (f, fb) in ms.items()])
@@ -127,7 +154,7 @@ def suite_wkv():
         subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, check=True)
         helped = time.perf_counter() - start
     print(f"  cold build of the kernel {float(run.stdout):.1f} s; python train.py --help {helped:.1f} s")
-    return {"ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
+    return {**cpu, "reached": reached, "ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
 
 
 def suite_step():

@@ -499,3 +499,20 @@ void read_state(const Call& call) {
 }
 
 void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }
+
+// What bench.py holds the other kernels against: x = x a + b on registers alone, in each of `numbers[0]` pieces numbers[1] times over 3/4 of the
+// registers. The buffer has 16 floats a piece, of which the first
+// W get the sums.
+void peak(const Call& call) {
+  parallel_for(call.numbers[0], 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      constexpr int CHAINS = REGISTERS * 3 / 4;
+      V x[CHAINS], sum = {};
+      for (int c = 0; c < CHAINS; ++c) x[c] = V{} + float(c);
+      for (int64_t n = 0; n < call.numbers[1]; ++n)
+        for (int c = 0; c < CHAINS; ++c) x[c] = x[c] * 0.999f + 1e-3f;
+      for (int c = 0; c < CHAINS; ++c) sum += x[c];
+      store(call.buffers[0] + 16 * i, sum);
+    }
+  });
+}
