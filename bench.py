@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -114,6 +115,54 @@ def processor():
     return found | {"vector": width, "peak_flops": 2 * chains * width * pieces * n / best}
 
 
+SIZES = {"main job": (32, 64, 128, 32), "text": (64, 128, 128, 32), "N = 64": (8, 512, 256, 64)}      # B, T, C, N
+
+
+def kernel_jobs(B, T, C, N):
+    """Every operator of wkv_cuda at a size -> {name: (function of tensors, those tensors)}, as a network calls them in training."""
+    normal = lambda *shape: torch.randn(*shape).requires_grad_()
+    rows, vectors = (lambda n: [normal(B, T, C) for _ in range(n)]), (lambda n: [normal(C) for _ in range(n)])
+    heads = lambda n: [normal(B, T, C // N, N) for _ in range(n)]
+    kk = torch.nn.functional.normalize(torch.randn(B, T, C // N, N), dim=-1)
+    scan = [*heads(1), (-0.6 * torch.rand(B, T, C // N, N)).requires_grad_(), *heads(2), (-kk).requires_grad_(), (kk * 0.5).requires_grad_()]
+    state = normal(B, C // N, N, N)
+    return {"wkv7": (lambda *x: wkv_cuda.wkv7(*x), scan),
+            "wkv7_mix": (lambda *x: wkv_cuda.wkv7_mix(*x, 64e-5, None, N), rows(8) + vectors(8)),
+            "wkv7_inputs": (lambda *x: wkv_cuda.wkv7_inputs(*x, None, N), rows(6) + vectors(5)),
+            "wkv7_output": (lambda *x: wkv_cuda.wkv7_output(*x, 64e-5, N), rows(5) + vectors(3)),
+            "shift_mix": (lambda x, m: wkv_cuda.shift_mix(x, None, m), [normal(B, T, C), normal(6, C)]),
+            "shift_mix, wide": (lambda x, m: wkv_cuda.shift_mix(x, None, m, 2), [normal(B, T, C), normal(1, C)]),
+            "read_state": (wkv_cuda.read_state, [state, *heads(2)]),
+            "squared_relu": (wkv_cuda.squared_relu, [normal(B, T, 4 * C)]),
+            "biwkv": (lambda w, *x: wkv_cuda.biwkv(w.sigmoid(), *x), vectors(2) + rows(2))}
+
+
+def kernel_table():
+    """Milliseconds of every kernel beside its plain-torch form, in turn: without gradients, and forward and backward."""
+    rows, found = [], {}
+    for size, shape in SIZES.items():
+        for name, (f, x) in kernel_jobs(*shape).items():
+            seen = {(impl, back): [] for impl in ("cpp", "torch") for back in (False, True)}
+            for i in range(2 if quick else 8):                       # the first warms up
+                for (impl, back), times in seen.items():
+                    os.environ["WKV_IMPL"] = impl
+                    start = time.perf_counter()
+                    with torch.set_grad_enabled(back):
+                        y = f(*x)
+                        if back:
+                            y = [z for z in (y if isinstance(y, (list, tuple)) else [y]) if z.requires_grad]
+                            torch.autograd.grad(y, x, [torch.ones_like(z) for z in y], allow_unused=True)
+                    if i:
+                        times.append((time.perf_counter() - start) * 1e3)
+            ms = {key: statistics.median(times) for key, times in seen.items()}
+            pairs = [(ms["cpp", back], ms["torch", back]) for back in (False, True)]
+            found[f"{name}, {size}"] = pairs
+            rows.append([f"{name}, {size}", *(f"{a:.2f} / {b:.2f} ({b / a:.1f}x)" for a, b in pairs)])
+    os.environ["WKV_IMPL"] = "auto"
+    table("kernel / plain torch, ms (times as fast)", ["kernel", "forward", "forward+backward"], rows)
+    return found
+
+
 def suite_wkv():
     """The recurrence at (B,T,H,N) = (8,512,4,64), float32, and what a first use costs."""
     B, T, H, N = 8, 512, 4, 64
@@ -154,7 +203,7 @@ def suite_wkv():
         subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, check=True)
         helped = time.perf_counter() - start
     print(f"  cold build of the kernel {float(run.stdout):.1f} s; python train.py --help {helped:.1f} s")
-    return {**cpu, "reached": reached, "ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
+    return {**cpu, "reached": reached, "kernels": kernel_table(), "ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
 
 
 def suite_step():
@@ -173,7 +222,9 @@ def suite_step():
     table("training step of STRUCT_TASK=1 DW_JRT=1 python train.py, ms",
           ["back end, micro-batches", "ms a step", "faster than the loop", "... of all tokens"],
           [[kind, f"{t:.1f}", f"{ms['loop, 4 x 8'] / t:.1f}x", f"{ms['loop, 4 x 8, all 64 tokens'] / t:.1f}x"] for kind, t in ms.items()])
-    return {"ms": ms}
+    cpu = processor()
+    print(f"  {cpu['processor']}, vectors of {cpu['vector']} floats, fp32 peak {cpu['peak_flops'] / 1e9:.0f} GFLOP/s")
+    return {**cpu, "ms": ms}
 
 
 PUBLISHED = {200: (0.5181, 0.6191), 400: (0.3281, 0.6531), 600: (0.5494, 0.7262), 800: (0.5525, 0.8153), 999: (0.5444, 0.9244)}
@@ -305,7 +356,7 @@ def suite_direction():
     table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: ms (multiple of the attention twin)",
           ["network", *(f"T={T}" for T in lengths)],
           [[name, *(f"{t:.1f} ({t / ms['attention twin'][T]:.2f}x)" for T, t in row.items())] for name, row in ms.items()])
-    return {"ms": ms}
+    return {**processor(), "ms": ms}
 
 
 ABLATION = {f"fusion={f}, tied={t}": [f"--fusion={f}", f"--tie_directions={t}"] for f in nets.FUSIONS for t in (0, 1)}
@@ -895,9 +946,10 @@ SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "t
 
 
 def write(name, result):
-    """Keep a suite's figures as JSON; a quick run must not replace measured ones."""
+    """Keep a suite's figures as JSON, those of a processor's speed under its name; a quick run must not replace measured ones."""
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, f"{name}{'.quick' * quick}.json")
+    where = re.sub(r"[^a-z0-9]+", "-", f"{result['processor']} {32 * result['vector']} bit".lower()) if "processor" in result else ""
+    path = os.path.join(out, ".".join([name, *filter(None, [where]), *["quick"] * quick, "json"]))
     with open(path, "w") as f:
         json.dump({"suite": name, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}, f, indent=1)
     return path

@@ -418,7 +418,7 @@ inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float*
 
 // The same for any M and for n < N.
 void product(int64_t N, int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
-  constexpr int G = std::min(2, 16 / W), R = REGISTERS / 4 / G;      // half of the registers hold sums; every N is a multiple of 16
+  constexpr int G = std::min(2, 16 / W), R = REGISTERS / 2 / G;      // half of the registers hold sums; every N is a multiple of 16
   for (int64_t n = 0; n < N; n += G * W) {
     int64_t m = 0;
     for (; m + R <= M; m += R) tile<R, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
