@@ -31,6 +31,18 @@ typedef float V __attribute__((vector_size(4 * W)));
 typedef int VI __attribute__((vector_size(4 * W)));
 
 inline V load(const float* p) { V x; std::memcpy(&x, p, sizeof x); return x; }
+// x in a register of its own: GCC would read it from memory again for each use.
+inline V held(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__) && (WIDTH == 4 || WIDTH == 8 && defined(__AVX__))
+  asm("" : "+x"(x));
+#elif defined(__aarch64__) && WIDTH == 4
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 inline void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
 
 // exp(x) for x <= 88 (Cody-Waite reduction, degree-6 polynomial, about 1 ulp); below -87 it is 0.

@@ -1,4 +1,5 @@
 // RWKV-7 recurrence on the CPU: forward (scan.h) and backward.
+#include <thread>
 #include "scan.h"
 
 namespace {
@@ -10,20 +11,26 @@ inline void fetch(std::initializer_list<const float*> rows, int64_t at) {
     for (int j = 0; j < N; j += 16) __builtin_prefetch(x + at + j, write);        // a cache line holds 16
 }
 
+// Heads first..last of a row of the batch, a chunk of tokens at a time: what a chunk of several heads reads lies side by side.
 template <int N>
-void forward(const Wkv7& p, int64_t task) {
-  const int64_t groups = N / Scan<N>::L, bh = task / groups, bi = bh / p.H, h = bh % p.H;
-  const int64_t step = p.H * N, base = (bi * p.T * p.H + h) * N, chunks = (p.T + CHUNK - 1) / CHUNK;
-  Scan<N> scan(p.s0 ? p.s0 + bh * N * N : nullptr, task % groups * Scan<N>::L);
-  float* out = p.s + (p.every ? (bi * p.states() * p.H + h) : bh) * N * N;
-  scan.run(p, base, step, 0, p.T, [&](int64_t t) {
-    fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b}, base + (t + 4) * step);
-    fetch<N, 1>({p.y, p.sa ? p.sa : p.y}, base + (t + 4) * step);
-    if (p.mid && t % CHUNK == 0) scan.put(p.mid + (bh * chunks + t / CHUNK) * N * N);
-    if (p.every && t % p.every == 0) scan.put(out + t / p.every * p.H * N * N);
-  });
-  if (!p.every) scan.put(out);
-  else if (p.T % p.every == 0) scan.put(out + p.T / p.every * p.H * N * N);
+void forward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
+  const int64_t step = p.H * N, chunks = (p.T + CHUNK - 1) / CHUNK;
+  std::vector<Scan<N>> scans;
+  for (int64_t h = first; h < last; ++h)
+    for (int i0 = 0; i0 < N; i0 += Scan<N>::L) scans.emplace_back(p.s0 ? p.s0 + (bi * p.H + h) * N * N : nullptr, i0);
+  for (int64_t t0 = 0; t0 <= p.T; t0 += CHUNK)
+    for (size_t i = 0; i < scans.size(); ++i) {
+      Scan<N>& scan = scans[i];
+      const int64_t h = first + i * Scan<N>::L / N, bh = bi * p.H + h, end = std::min(t0 + CHUNK, p.T);
+      auto put = [&](int64_t n) { scan.put(p.s + ((bi * p.states() + n) * p.H + h) * N * N); };
+      if (p.mid && t0 < p.T) scan.put(p.mid + (bh * chunks + t0 / CHUNK) * N * N);
+      scan.run(p, (bi * p.T * p.H + h) * N, step, t0, end, [&](int64_t t) {
+        fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b}, (bi * p.T * p.H + h) * N + (t + CHUNK) * step);
+        fetch<N, 1>({p.y, p.sa ? p.sa : p.y}, (bi * p.T * p.H + h) * N + (t + CHUNK) * step);
+        if (p.every && t % p.every == 0) put(t / p.every);
+      });
+      if (end == p.T && t0 + CHUNK > p.T && (!p.every || p.T % p.every == 0)) put(p.states() - 1);
+    }
 }
 
 // ---- backward: lanes run over key channels j; chunk by chunk from the last to the first, rows i in groups of R ----
@@ -82,7 +89,7 @@ __attribute__((noinline)) void columns(const Wkv7& p, int64_t o, const float (*p
     for (int i = 0; i < R<N>; ++i) {
       const float dyi = dy[i], vi = v[i], si = sa[i], di = dsa[i];
       for (int x = 0; x < P; ++x) {
-        const V d = load(&D[i][j + x * W]), before = load(&prev[i][j + x * W]);
+        const V d = held(load(&D[i][j + x * W])), before = held(load(&prev[i][j + x * W]));
         dr[x] += load(&now[i][j + x * W]) * dyi;
         dk[x] += d * vi;
         db[x] += d * si;
@@ -102,52 +109,62 @@ __attribute__((noinline)) void columns(const Wkv7& p, int64_t o, const float (*p
   }
 }
 
-template <int N>
-void backward(const Wkv7& p, int64_t bh) {
-  const int64_t bi = bh / p.H, h = bh % p.H, stride = p.H * N, base = (bi * p.T * p.H + h) * N;
-  const int64_t chunks = (p.T + CHUNK - 1) / CHUNK, next = std::min(bh + 1, p.B * p.H - 1);
-  const int64_t other = (next / p.H * p.T * p.H + next % p.H) * N + (chunks - 1) * CHUNK * stride;     // the next head's last chunk
-  alignas(64) float S[CHUNK + 1][R<N>][N], all[N][N], ew[CHUNK][N];            // all: the gradient of the state
-  auto add_ds = [&](int64_t n, Rows<N> D, int64_t i0, int rows) {              // that of the returned state number n
-    if (!p.ds) return;
-    const float* src = p.ds + ((p.every ? (bi * p.states() + n) * p.H + h : bh) * N + i0) * N;
-    for (int i = 0; i < rows * N; ++i) (&D[0][0])[i] += src[i];
-  };
-  std::memset(all, 0, sizeof all);
-  if (!p.every) add_ds(0, all, 0, N);
-  for (int64_t n = chunks - 1; n >= 0; --n) {
-    const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0);
-    for (int64_t q = 0; q < len; ++q)
-      for (int j = 0; j < N; j += W) store(ew[q] + j, vexp(load(p.w + base + (t0 + q) * stride + j)));
-    for (int64_t i0 = 0; i0 < N; i0 += R<N>) {
-      Rows<N> D = all + i0;
-      fetch<R<N> * N, 0>({p.mid}, ((n ? bh * chunks + n - 1 : next * chunks + chunks - 1) * N + i0) * N);
-      std::memcpy(S[0], p.mid + ((bh * chunks + n) * N + i0) * N, sizeof S[0]);
-      for (int64_t q = 0; q < len; ++q) {                // the states inside this chunk once more
-        const int64_t o = base + (t0 + q) * stride;
-        if (!i0) fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
-        step<N>(S[q], S[q + 1], ew[q], p.k + o, p.b + o, p.sa + o + i0, p.v + o + i0);
-      }
-      for (int64_t q = len - 1; q >= 0; --q) {
-        const int64_t t = t0 + q, o = base + t * stride;
-        if (!i0) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, n ? o - CHUNK * stride : other + q * stride);
-        if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every, D, i0, R<N>);
-        alignas(64) float dsa[R<N>];
-        rows<N>(D, p.r + o, p.k + o, p.b + o, p.dy + o + i0, p.dv + o + i0, dsa);
-        if (p.dc) std::memcpy(p.dc + o + i0, dsa, sizeof dsa);
-        columns<N>(p, o, S[q], S[q + 1], D, ew[q], p.dy + o + i0, p.v + o + i0, p.sa + o + i0, dsa, i0);
-      }
-    }
-  }
-  if (p.every) add_ds(0, all, 0, N);
-  if (p.ds0) std::memcpy(p.ds0 + bh * N * N, all, sizeof all);
-}
+template <int N> struct Gradient { alignas(64) float of[N][N] = {}; };        // of a head's state
 
 template <int N>
+void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
+  const int64_t stride = p.H * N, chunks = (p.T + CHUNK - 1) / CHUNK;
+  alignas(64) float S[CHUNK + 1][R<N>][N], ew[CHUNK][N];
+  std::vector<Gradient<N>> all(last - first);
+  auto add_ds = [&](int64_t n, int64_t h, int64_t i0, int rows) {              // that of the returned state number n
+    if (!p.ds) return;
+    const float* src = p.ds + (((bi * p.states() + n) * p.H + h) * N + i0) * N;
+    float* to = &all[h - first].of[i0][0];
+    for (int i = 0; i < rows * N; ++i) to[i] += src[i];
+  };
+  for (int64_t h = first; !p.every && h < last; ++h) add_ds(0, h, 0, N);
+  for (int64_t n = chunks - 1; n >= 0; --n)
+    for (int64_t h = first; h < last; ++h) {
+      const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0), base = ((bi * p.T + t0) * p.H + h) * N;
+      const float* mid = p.mid + ((bi * p.H + h) * chunks + n) * N * N;
+      for (int64_t q = 0; q < len; ++q)
+        for (int j = 0; j < N; j += W) store(ew[q] + j, vexp(load(p.w + base + q * stride + j)));
+      for (int64_t i0 = 0; i0 < N; i0 += R<N>) {
+        Rows<N> D = all[h - first].of + i0;
+        if (n) fetch<R<N> * N, 0>({mid}, (i0 - N) * N);  // the chunk before
+        std::memcpy(S[0], mid + i0 * N, sizeof S[0]);
+        for (int64_t q = 0; q < len; ++q) {              // the states inside this chunk once more
+          const int64_t o = base + q * stride;
+          if (!i0) fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
+          step<N>(S[q], S[q + 1], ew[q], p.k + o, p.b + o, p.sa + o + i0, p.v + o + i0);
+        }
+        for (int64_t q = len - 1; q >= 0; --q) {
+          const int64_t t = t0 + q, o = base + q * stride;
+          if (!i0 && n) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, o - CHUNK * stride);
+          if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every, h, i0, R<N>);
+          alignas(64) float dsa[R<N>];
+          rows<N>(D, p.r + o, p.k + o, p.b + o, p.dy + o + i0, p.dv + o + i0, dsa);
+          if (p.dc) std::memcpy(p.dc + o + i0, dsa, sizeof dsa);
+          columns<N>(p, o, S[q], S[q + 1], D, ew[q], p.dy + o + i0, p.v + o + i0, p.sa + o + i0, dsa, i0);
+        }
+      }
+    }
+  for (int64_t h = first; h < last; ++h) {
+    if (p.every) add_ds(0, h, 0, N);
+    if (p.ds0) std::memcpy(p.ds0 + (bi * p.H + h) * N * N, all[h - first].of, sizeof all[0].of);
+  }
+}
+
+// Heads of a row of the batch go together as long as that leaves four pieces of work for every processor.
+template <int N>
 void run(const Wkv7& p) {
-  const int64_t tasks = p.B * p.H * (p.back ? 1 : N / std::min(N, 64));
-  parallel_for(tasks, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) p.back ? backward<N>(p, i) : forward<N>(p, i);
+  const int64_t fair = p.B * p.H / (4 * std::max(1u, std::thread::hardware_concurrency()));
+  const int64_t some = std::max<int64_t>(1, std::min<int64_t>({p.H, fair, 256 / N})), groups = (p.H + some - 1) / some;
+  parallel_for(p.B * groups, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      const int64_t first = i % groups * some, last = std::min(first + some, p.H);
+      p.back ? backward<N>(p, i / groups, first, last) : forward<N>(p, i / groups, first, last);
+    }
   });
 }
 
