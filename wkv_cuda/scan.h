@@ -30,12 +30,13 @@ struct Scan {
   // Tokens t..end of the head whose token 0 lies at `base`, step floats apart; before(t) is called in front of each.
   template <class F>
   void run(const Wkv7& p, int64_t base, int64_t step, int64_t t, int64_t end, F before) {
-    alignas(64) float ew[N], zero[N] = {}, sa[L] = {};   // sa: S a of the token to come
-    for (int i = 0; t < end && i < L; i += W) {
-      V sum = {};
-      for (int j = 0; j < N; ++j) sum += load(&S[i / ROWS][j][i % ROWS]) * p.a[base + t * step + j];
-      store(sa + i, sum);
+    alignas(64) float ew[N], zero[N] = {}, sa[L];        // sa: S a of the token to come
+    V first[L / W] = {};
+    for (int j = 0; t < end && j < N; ++j) {
+      const float aj = p.a[base + t * step + j];
+      for (int i = 0; i < L; i += W) first[i / W] += load(&S[i / ROWS][j][i % ROWS]) * aj;
     }
+    for (int i = 0; i < L; i += W) store(sa + i, first[i / W]);
     for (; t < end; ++t) {
       before(t);
       const int64_t o = base + t * step;

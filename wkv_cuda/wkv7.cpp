@@ -78,14 +78,22 @@ __attribute__((noinline)) void rows(Rows<N> D, const float* r, const float* k, c
   }
 }
 
+// A chunk's tokens of one head side by side, and their gradients. Where they come from they lie so many bytes apart that they crowd
+// each other out of a few sets of the cache.
+template <int N>
+struct Chunk {
+  alignas(64) float r[CHUNK][N], ew[CHUNK][N], k[CHUNK][N], v[CHUNK][N], a[CHUNK][N], b[CHUNK][N], sa[CHUNK][N], dy[CHUNK][N];
+  alignas(64) float dr[CHUNK][N], dw[CHUNK][N], dk[CHUNK][N], dv[CHUNK][N], da[CHUNK][N], db[CHUNK][N], dsa[CHUNK][N];
+};
+
 // The sums over the rows i, and D of the token before.
 template <int N>
-__attribute__((noinline)) void columns(const Wkv7& p, int64_t o, const float (*prev)[N], const float (*now)[N], Rows<N> D, const float* ew,
-                                       const float* dy, const float* v, const float* sa, const float* dsa, bool more) {
+__attribute__((noinline)) void columns(Chunk<N>& c, int64_t q, int64_t i0, const float (*prev)[N], const float (*now)[N], Rows<N> D) {
+  const float *dy = c.dy[q] + i0, *v = c.v[q] + i0, *sa = c.sa[q] + i0, *dsa = c.dsa[q] + i0;
   constexpr int P = std::min(N / W, REGISTERS / 16);
   for (int j = 0; j < N; j += P * W) {
     V dr[P] = {}, dk[P] = {}, db[P] = {}, dw[P] = {}, da[P] = {}, e[P], a[P];
-    for (int x = 0; x < P; ++x) { e[x] = load(ew + j + x * W); a[x] = load(p.a + o + j + x * W); }
+    for (int x = 0; x < P; ++x) { e[x] = load(c.ew[q] + j + x * W); a[x] = load(c.a[q] + j + x * W); }
     for (int i = 0; i < R<N>; ++i) {
       const float dyi = dy[i], vi = v[i], si = sa[i], di = dsa[i];
       for (int x = 0; x < P; ++x) {
@@ -99,12 +107,14 @@ __attribute__((noinline)) void columns(const Wkv7& p, int64_t o, const float (*p
       }
     }
     for (int x = 0; x < P; ++x) {
-      const int64_t at = o + j + x * W;
+      const int at = j + x * W;
       dw[x] *= e[x];                                     // d/d(log-decay)
-      if (more) {
-        dr[x] += load(p.dr + at); dk[x] += load(p.dk + at); db[x] += load(p.db + at); dw[x] += load(p.dw + at); da[x] += load(p.da + at);
+      if (i0) {
+        dr[x] += load(c.dr[q] + at); dk[x] += load(c.dk[q] + at); db[x] += load(c.db[q] + at);
+        dw[x] += load(c.dw[q] + at); da[x] += load(c.da[q] + at);
       }
-      store(p.dr + at, dr[x]); store(p.dk + at, dk[x]); store(p.db + at, db[x]); store(p.dw + at, dw[x]); store(p.da + at, da[x]);
+      store(c.dr[q] + at, dr[x]); store(c.dk[q] + at, dk[x]); store(c.db[q] + at, db[x]);
+      store(c.dw[q] + at, dw[x]); store(c.da[q] + at, da[x]);
     }
   }
 }
@@ -114,7 +124,8 @@ template <int N> struct Gradient { alignas(64) float of[N][N] = {}; };        //
 template <int N>
 void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
   const int64_t stride = p.H * N, chunks = (p.T + CHUNK - 1) / CHUNK;
-  alignas(64) float S[CHUNK + 1][R<N>][N], ew[CHUNK][N];
+  alignas(64) float S[CHUNK + 1][R<N>][N];
+  Chunk<N> c;
   std::vector<Gradient<N>> all(last - first);
   auto add_ds = [&](int64_t n, int64_t h, int64_t i0, int rows) {              // that of the returned state number n
     if (!p.ds) return;
@@ -127,25 +138,34 @@ void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
     for (int64_t h = first; h < last; ++h) {
       const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0), base = ((bi * p.T + t0) * p.H + h) * N;
       const float* mid = p.mid + ((bi * p.H + h) * chunks + n) * N * N;
-      for (int64_t q = 0; q < len; ++q)
-        for (int j = 0; j < N; j += W) store(ew[q] + j, vexp(load(p.w + base + q * stride + j)));
+      for (int64_t q = 0; q < len; ++q) {
+        const int64_t o = base + q * stride;
+        if (n) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, o - CHUNK * stride);
+        fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
+        for (int j = 0; j < N; j += W) {
+          store(c.r[q] + j, load(p.r + o + j)); store(c.ew[q] + j, vexp(load(p.w + o + j))); store(c.k[q] + j, load(p.k + o + j));
+          store(c.v[q] + j, load(p.v + o + j)); store(c.a[q] + j, load(p.a + o + j)); store(c.b[q] + j, load(p.b + o + j));
+          store(c.sa[q] + j, load(p.sa + o + j)); store(c.dy[q] + j, load(p.dy + o + j));
+        }
+      }
       for (int64_t i0 = 0; i0 < N; i0 += R<N>) {
         Rows<N> D = all[h - first].of + i0;
         if (n) fetch<R<N> * N, 0>({mid}, (i0 - N) * N);  // the chunk before
         std::memcpy(S[0], mid + i0 * N, sizeof S[0]);
-        for (int64_t q = 0; q < len; ++q) {              // the states inside this chunk once more
-          const int64_t o = base + q * stride;
-          if (!i0) fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
-          step<N>(S[q], S[q + 1], ew[q], p.k + o, p.b + o, p.sa + o + i0, p.v + o + i0);
-        }
+        for (int64_t q = 0; q < len; ++q)                // the states inside this chunk once more
+          step<N>(S[q], S[q + 1], c.ew[q], c.k[q], c.b[q], c.sa[q] + i0, c.v[q] + i0);
         for (int64_t q = len - 1; q >= 0; --q) {
-          const int64_t t = t0 + q, o = base + q * stride;
-          if (!i0 && n) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, o - CHUNK * stride);
-          if (p.every && (t + 1) % p.every == 0) add_ds((t + 1) / p.every, h, i0, R<N>);
-          alignas(64) float dsa[R<N>];
-          rows<N>(D, p.r + o, p.k + o, p.b + o, p.dy + o + i0, p.dv + o + i0, dsa);
-          if (p.dc) std::memcpy(p.dc + o + i0, dsa, sizeof dsa);
-          columns<N>(p, o, S[q], S[q + 1], D, ew[q], p.dy + o + i0, p.v + o + i0, p.sa + o + i0, dsa, i0);
+          if (p.every && (t0 + q + 1) % p.every == 0) add_ds((t0 + q + 1) / p.every, h, i0, R<N>);
+          rows<N>(D, c.r[q], c.k[q], c.b[q], c.dy[q] + i0, c.dv[q] + i0, c.dsa[q] + i0);
+          columns<N>(c, q, i0, S[q], S[q + 1], D);
+        }
+      }
+      for (int64_t q = 0; q < len; ++q) {
+        const int64_t o = base + q * stride;
+        for (int j = 0; j < N; j += W) {
+          store(p.dr + o + j, load(c.dr[q] + j)); store(p.dw + o + j, load(c.dw[q] + j)); store(p.dk + o + j, load(c.dk[q] + j));
+          store(p.dv + o + j, load(c.dv[q] + j)); store(p.da + o + j, load(c.da[q] + j)); store(p.db + o + j, load(c.db[q] + j));
+          if (p.dc) store(p.dc + o + j, load(c.dsa[q] + j));
         }
       }
     }
