@@ -442,12 +442,19 @@ void read_forward(const ReadState& p, int64_t lo, int64_t hi) {
 }
 
 void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
+  constexpr int M = 32;                                  // tokens at a time, copied side by side
+  alignas(64) float q[M * 128], dout[M * 128];
   const int64_t N = p.N, C = p.H * N, row = lo / p.T;
-  for (int64_t h = 0; h < p.H; ++h) {
-    const int64_t o = lo * C + h * N, at = (row * p.H + h) * N * N;
-    product(N, hi - lo, N, p.dout + o, C, 1, p.s + at, N, p.dq + o, C, false);
-    product(N, N, hi - lo, p.dout + o, 1, C, p.q + o, C, p.ds + at, N, true);
-  }
+  for (int64_t h = 0; h < p.H; ++h)
+    for (int64_t t = lo; t < hi; t += M) {
+      const int64_t o = t * C + h * N, at = (row * p.H + h) * N * N, len = std::min<int64_t>(M, hi - t);
+      for (int64_t i = 0; i < len; ++i) {
+        std::memcpy(q + i * N, p.q + o + i * C, 4 * N);
+        std::memcpy(dout + i * N, p.dout + o + i * C, 4 * N);
+      }
+      product(N, len, N, dout, N, 1, p.s + at, N, p.dq + o, C, false);
+      product(N, N, len, dout, 1, N, q, N, p.ds + at, N, true);
+    }
 }
 
 // y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
