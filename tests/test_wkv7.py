@@ -179,6 +179,15 @@ def test_build_survives_a_stale_lock_and_shares_with_others(tmp_path):
     assert out.startswith("cpp ")
 
 
+def test_a_compiler_that_does_not_know_this_processor_builds_for_all(tmp_path):
+    compiler = tmp_path / "c++-of-old"
+    compiler.write_text("#!/bin/sh\ncase \"$*\" in *native*) echo error: bad value for -march= switch >&2; exit 1;; esac\nexec g++ -O0 \"$@\"\n")
+    compiler.chmod(0o755)
+    code = "import wkv_cuda; print(wkv_cuda.build('cpp') or wkv_cuda.backend('cpu'))"
+    done = in_a_fresh_process(code, TORCH_EXTENSIONS_DIR=tmp_path / "ext", CXX=compiler)
+    assert done.stdout == "cpp\n" and "does not know -m" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_source_that_does_not_compile_is_reported(tmp_path):
     code = ("import wkv_cuda, pathlib\n"
             f"p = pathlib.Path({str(tmp_path)!r}) / 'wkv7.cpp'; p.write_text('int broken( {{')\n"

@@ -71,8 +71,15 @@ def build(name):
         if name == "cuda":
             compiled("nanodir_cuda", [*here.glob("*.cu"), here / "bindings.cpp"], [*flags, "-DDEVICE=CUDA"], ["-O3", *gpu_flags()])
         else:
+            flags += ["-fno-math-errno", "-falign-loops=64", "-Wno-psabi"]
             native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-            compiled("nanodir_cpp", here.glob("*.cpp"), [*flags, native, "-fno-math-errno", "-falign-loops=64"])
+            try:
+                compiled("nanodir_cpp", here.glob("*.cpp"), [*flags, native])
+            except Exception:
+                if not subprocess.run([compiler, native, "-E", "-x", "c++", os.devnull], capture_output=True).returncode:
+                    raise
+                say(f"wkv: {compiler} does not know {native}, so the kernels use what every processor of this kind has, and are slower")
+                compiled("nanodir_any", here.glob("*.cpp"), flags)           # torch builds a name once a process
         return ""
     except Exception as e:                 # whatever a compiler, a disk or a loader can do: the caller decides
         tail = [line for line in str(e).splitlines() if line.strip()][-3:]
@@ -80,7 +87,7 @@ def build(name):
         return f"the {TITLES[name]} kernels did not build: {' | '.join(tail)[-600:]}{hint}"
 
 
-TITLES = {"cpp": "C++", "cuda": "CUDA"}
+TITLES = {"cpp": "C++", "any": "C++", "cuda": "CUDA"}
 
 
 def compiled(name, sources, flags, nvcc_flags=(), **options):
