@@ -17,6 +17,7 @@ from conftest import ROOT
 from wkv_cuda import loader
 
 KERNELS = ("wkv7", "block", "biwkv")
+SOURCES = [Path(ROOT, "wkv_cuda", f"{name}.cpp") for name in KERNELS]
 FLAGS = ["-std=c++20", "-fno-math-errno", "-Wno-psabi"]
 GCC, CLANG, ARM = "g++", "clang++", "aarch64-linux-gnu-g++"
 TARGETS = {"haswell": (GCC, "-march=haswell"), "haswell, clang": (CLANG, "-march=haswell"), "skylake-avx512": (GCC, "-march=skylake-avx512"),
@@ -31,24 +32,28 @@ def need(*programs):
             pytest.skip(f"{program} is not installed")
 
 
+def compile_each(compiler, flags, sources, tmp_path, ending):
+    """Every source apart, at the same time -> what they become."""
+    outs = [tmp_path / f"{source.stem}{ending}" for source in sources]
+    jobs = [subprocess.Popen([compiler, *FLAGS, *flags, source, "-o", out]) for source, out in zip(sources, outs)]
+    assert not any(job.wait() for job in jobs)
+    return outs
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_vector_is_taken_apart_lane_by_lane(target, tmp_path):
     compiler, march = TARGETS[target]
     need(compiler)
-    for name in KERNELS:
-        out = tmp_path / f"{name}.s"
-        subprocess.run([compiler, "-O2", march, *FLAGS, "-S", Path(ROOT, "wkv_cuda", f"{name}.cpp"), "-o", out], check=True)
-        code = out.read_text()
-        found = re.findall(rf"^\s+({LANES.get(compiler, LANES[GCC])}).*", code, re.M)
-        assert not found, (name, len(found), found[:3])
+    for code in compile_each(compiler, ["-O2", march, "-S"], SOURCES, tmp_path, ".s"):
+        found = re.findall(rf"^\s+({LANES.get(compiler, LANES[GCC])}).*", code.read_text(), re.M)
+        assert not found, (code.stem, len(found), found[:3])
 
 
 def program(compiler, flags, tmp_path):
     """The kernels and tests/kernel_main.cpp as one program -> its path."""
-    path = tmp_path / "kernels"
-    sources = [Path(ROOT, "wkv_cuda", f"{name}.cpp") for name in KERNELS] + [Path(ROOT, "tests", "kernel_main.cpp")]
-    subprocess.run([compiler, "-O1", *FLAGS, *flags, *sources, "-o", path], check=True)
-    return path
+    objects = compile_each(compiler, ["-O1", "-c", *flags], [*SOURCES, Path(ROOT, "tests", "kernel_main.cpp")], tmp_path, ".o")
+    subprocess.run([compiler, *flags, *objects, "-o", tmp_path / "kernels"], check=True)
+    return tmp_path / "kernels"
 
 
 def through(command):
