@@ -143,7 +143,7 @@ def kernel_table():
     for size, shape in SIZES.items():
         for name, (f, x) in kernel_jobs(*shape).items():
             seen = {(impl, back): [] for impl in ("cpp", "torch") for back in (False, True)}
-            for i in range(2 if quick else 8):                       # the first warms up
+            for i in range(2 if quick else 20):                      # the first warms up
                 for (impl, back), times in seen.items():
                     os.environ["WKV_IMPL"] = impl
                     start = time.perf_counter()

@@ -409,9 +409,12 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
 template <int M, int G>
 inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
   V sum[M][G] = {};
-  for (int64_t k = 0; k < K; ++k)
+  for (int64_t k = 0; k < K; ++k) {
+    V x[G];
+    for (int g = 0; g < G; ++g) x[g] = held(load(b + k * bk + g * W));
     for (int m = 0; m < M; ++m)
-      for (int g = 0; g < G; ++g) sum[m][g] += load(b + k * bk + g * W) * a[m * am + k * ak];
+      for (int g = 0; g < G; ++g) sum[m][g] += x[g] * a[m * am + k * ak];
+  }
   for (int m = 0; m < M; ++m)
     for (int g = 0; g < G; ++g) store(c + m * cm + g * W, more ? load(c + m * cm + g * W) + sum[m][g] : sum[m][g]);
 }
