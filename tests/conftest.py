@@ -5,10 +5,19 @@ import subprocess
 import sys
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # threads that wait take no processor from the other worker
+import torch  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two workers where pytest-xdist is there and nobody chose otherwise (-n 0: one): most tests keep one core busy."""
+    if getattr(config.option, "numprocesses", 0) is None and not (config.option.usepdb or "PYTEST_XDIST_WORKER" in os.environ):
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 @pytest.fixture(autouse=True)
@@ -23,21 +32,21 @@ def ok(done):
     return done.stdout
 
 
-def kill_after(step, out_dir, settings, cwd):
+def kill_after(run, step, out_dir, settings):
     """Run train.py and kill it as soon as the checkpoint of `step` is written: os._exit leaves no time to tidy up."""
     script = os.path.join(ROOT, "train.py")
-    code = (f"import os, sys, model; sys.argv = ['train.py', '--out_dir={out_dir}']\n"
+    code = (f"import os, runpy, sys, model\nsys.argv = ['train.py', '--out_dir={out_dir}']\n"
             "save = model.save_checkpoint\n"
             f"def killer(path, content):\n    save(path, content)\n    content['step'] == {step} and os._exit(9)\n"
-            f"model.save_checkpoint = killer\nexec(compile(open({script!r}).read(), {script!r}, 'exec'), {{'__name__': '__main__', '__file__': {script!r}}})")
-    env = os.environ | {k: str(v) for k, v in settings.items()} | {"PYTHONPATH": ROOT}
-    assert subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True).returncode == 9
+            f"model.save_checkpoint = killer\nrunpy.run_path({script!r}, run_name='__main__')")
+    done = run(code, **settings)
+    assert done.returncode == 9, done.stderr[-2000:]
 
 
 # A process that has imported torch and does nothing but fork: a script then starts in a tenth of a second instead of two.
 ZYGOTE = """
 import json, os, runpy, signal, sys, traceback
-import numpy, torch, torch.utils.cpp_extension, tqdm
+import numpy, torch, torch._dynamo, torch.distributed, torch.utils.cpp_extension, tqdm
 for line in sys.stdin:
     job, children = json.loads(line), []
     for env in job["envs"]:
@@ -78,8 +87,12 @@ def zygote():
 
 @pytest.fixture
 def run(tmp_path, zygote):
-    """Run a script of the repository as a user would -> CompletedProcess; ranks: in so many processes, as torchrun would, with the first one's output."""
-    def call(script, *options, ranks=1, **env):
+    """Run a script of the repository (or lines of Python) as a user would -> CompletedProcess; ranks: in so many processes, as torchrun would,
+    with the first one's output; fresh: in a process that was not forked."""
+    def call(script, *options, ranks=1, fresh=False, **env):
+        if "\n" in script:
+            (tmp_path / ".code.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\n{script}")
+            script = tmp_path / ".code.py"
         keep = ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")
         env = {k: v for k, v in os.environ.items() if k in keep} | {k: str(v) for k, v in env.items()}
         argv, files = [os.path.join(ROOT, script), *map(str, options)], [str(tmp_path / name) for name in (".stdout", ".stderr")]
@@ -89,6 +102,8 @@ def run(tmp_path, zygote):
                 s.bind(("127.0.0.1", 0))
                 world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
             envs = [env | world | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+        if fresh:
+            return subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
         zygote.stdin.write(json.dumps(dict(argv=argv, envs=envs, cwd=str(tmp_path), stdout=files[0], stderr=files[1])) + "\n")
         zygote.stdin.flush()
         code = int(zygote.stdout.readline())

@@ -394,7 +394,7 @@ def test_a_whole_network_compiles(cuda):
 def test_compile_turns_itself_off(run):
     """Where there is no compiler, training goes on without one, and says so once."""
     done = run("train.py", STRUCT_TASK=1, N_LAYER=1, N_EMBD=32, HEAD_SIZE=16, MAX_ITERS=1, STRUCT_EVAL_N=2, WKV_IMPL="torch", THREADS=1, COMPILE=1,
-               CXX="no-such-compiler", DTYPE="fp32")
+               CXX="no-such-compiler", DTYPE="fp32", fresh=True)
     assert ok(done) and sum("compile=1 does not work here" in line for line in done.stdout.splitlines()) == 1
 
 

@@ -1,14 +1,12 @@
 """Directions, fusions, conditioning and mixers: who may see whom, what is unchanged, what carries over."""
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import model as nets
-from conftest import ROOT
+from conftest import ROOT, ok
 from model import Denoiser, ModelConfig, from_pretrained, save_checkpoint
 from wkv_cuda import shift_mix
 
@@ -251,8 +249,7 @@ def test_impossible_networks(change, words):
 
 
 ROWS = """
-import sys; sys.path.insert(0, {root!r})
-import torch, model
+import runpy, sys, torch, model
 class Half(model.RWKV7):
     def forward(self, x, state, shared):
         y, *rest = super().forward(x, state, shared)
@@ -270,15 +267,13 @@ class Quarter(model.InitSeed):
         return seed / 4, None
 model.TIME_MIXERS["half"], model.FUSIONS["mean"], model.TIME_CONDS["twice"], model.DW_JRT_INJECT["quarter"] = Half, Mean, Twice, Quarter
 sys.argv = ["train.py"] + {options!r}
-exec(compile(open({train!r}).read(), {train!r}, "exec"), {{"__name__": "__main__", "__file__": {train!r}}})
+runpy.run_path({train!r}, run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("row", ["mixer=half", "fusion=mean", "time_cond=twice", "dw_jrt_inject=quarter"])
-def test_a_dummy_row_trains_without_another_edit(tmp_path, row):
+def test_a_dummy_row_trains_without_another_edit(run, row):
     options = ["--struct_task=1", "--struct_len=2", "--n_embd=32", "--head_size=16", "--batch_size=4", "--max_iters=2", "--struct_eval_n=4",
                "--direction=bidirectional", "--dw_jrt=1", "--wkv_impl=torch", "--threads=1", f"--{row}"]
-    code = ROWS.format(root=ROOT, options=options, train=os.path.join(ROOT, "train.py"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-800:]
-    assert "step 2: val loss" in done.stdout and row.replace("=", " = '") in done.stdout
+    shown = ok(run(ROWS.format(options=options, train=os.path.join(ROOT, "train.py"))))
+    assert "step 2: val loss" in shown and row.replace("=", " = '") in shown

@@ -219,7 +219,7 @@ def test_train_resume_and_sample(run, tmp_path):
     shown = ok(run("train.py", "--out_dir=whole", **TINY | more))
     assert "step 4:" in shown and "from here on" in shown
     for step in (3, 6):                        # before and after the embeddings thaw
-        kill_after(step, "cut", TINY | more | (dict(INIT_FROM="resume") if step > 3 else {}), tmp_path)
+        kill_after(run, step, "cut", TINY | more | (dict(INIT_FROM="resume") if step > 3 else {}))
     ok(run("train.py", "--out_dir=cut", "--init_from=resume"))
     loss = lambda d: {row["step"]: row["loss"] for row in log_of(tmp_path / d) if row["event"] == "train"}
     assert loss("cut").keys() == loss("whole").keys() and loss("cut") == loss("whole")

@@ -369,7 +369,7 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     """Sequential, killed and resumed bit for bit; Stage II from it; every way to sample; what the scripts refuse."""
     settings = TINY | dict(DATA_PATH=pairs)
     ok(run("train.py", "--out_dir=whole", **settings))
-    kill_after(4, "cut", settings, tmp_path)
+    kill_after(run, 4, "cut", settings)
     ok(run("train.py", "--out_dir=cut", "--init_from=resume"))
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "cut") == whole and [mode for _, _, mode in whole] == ["stage1_coupling"] * 2 + ["l2t", "t2l"] + ["stage1_coupling"] * 2 + ["l2t", "t2l"]
@@ -401,9 +401,9 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     assert "(l2t)" in ok(sample("--ckpt=whole/ckpt.pt", "--latent=wide.npy"))
     assert "denoiser calls" in ok(sample("--ckpt=whole/ckpt.pt", "--text=the c__ sat"))     # an infill without a latent
 
-    kill_after(4, "two", dict(INIT_FROM="whole/ckpt.pt", DATA_PATH=pairs, **{k: v for k, v in TINY.items() if not k.startswith(("N_", "HEAD", "LATENT"))},
+    kill_after(run, 4, "two", dict(INIT_FROM="whole/ckpt.pt", DATA_PATH=pairs, **{k: v for k, v in TINY.items() if not k.startswith(("N_", "HEAD", "LATENT"))},
                               LATENT_PRIOR="learned", GEOM_WEIGHT=0.1, FREE_BITS=0.01, KL_WARMUP=4, FREEZE_BACKBONE=1, UNFREEZE_AFTER_STEPS=6,
-                              UNFREEZE_PATTERNS="blocks.1") | dict(OBJECTIVE="stage2_variational"), tmp_path)
+                              UNFREEZE_PATTERNS="blocks.1") | dict(OBJECTIVE="stage2_variational"))
     ok(run("train.py", "--out_dir=two", "--init_from=resume"))
     first, second = saved["model"], torch.load(tmp_path / "two" / "ckpt.pt", weights_only=True)["model"]
     same = {k for k in first if torch.equal(first[k], second[k])}

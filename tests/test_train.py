@@ -46,7 +46,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path):
 def test_resume_is_bit_exact(run, tmp_path, optimizer):
     settings = TINY | dict(OPTIMIZER=optimizer, STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6)
     ok(run("train.py", "--out_dir=whole", **settings))
-    kill_after(3, "cut", settings, tmp_path)
+    kill_after(run, 3, "cut", settings)
     ok(run("train.py", "--out_dir=cut", "--init_from=resume"))       # no other setting: they come from the checkpoint
     whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
     assert len(whole) == 6 and cut == whole
