@@ -519,8 +519,10 @@ void peak(const Call& call) {
       constexpr int CHAINS = REGISTERS * 3 / 4;
       V x[CHAINS], sum = {};
       for (int c = 0; c < CHAINS; ++c) x[c] = V{} + float(c);
-      for (int64_t n = 0; n < call.numbers[1]; ++n)
+      for (int64_t n = 0; n < call.numbers[1]; ++n) {
+#pragma GCC unroll 32
         for (int c = 0; c < CHAINS; ++c) x[c] = x[c] * 0.999f + 1e-3f;
+      }
       for (int c = 0; c < CHAINS; ++c) sum += x[c];
       store(call.buffers[0] + 16 * i, sum);
     }
