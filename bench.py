@@ -36,10 +36,10 @@ from configurator import configure, one_line_errors
 
 # ---- settings ----
 suite = "step"              # which table
-rounds = 3                  # how often speed is measured, in turn; the median is shown
+rounds = 3                  # [1, 1000] how often speed is measured, in turn; the median is shown
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
-threads = 0                 # CPU threads; 0 = torch's choice
+threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 only = ""                   # tasks: rows whose name holds this; text, gaussian, latent: these rows, separated by ; (text: pace = step times)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing

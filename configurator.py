@@ -2,7 +2,7 @@
 
 The keys of a script are the plain assignments at its top, those of a model its dataclass fields; neither is written twice:
 
-    max_iters = 1000  # optimizer steps            <- key, default, type (int) and help text
+    max_iters = 1000  # [1, 1e9] optimizer steps   <- key, default, type (int), allowed values and help text
 
     with one_line_errors():
         cfg = configure(globals(), ModelConfig, choices={"mixer": TIME_MIXERS})
@@ -19,10 +19,13 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import tokenize
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
+from typing import NamedTuple
 
 BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 EXPECTED = {  # the types a key can have -> what to tell a user who gave something else
@@ -30,6 +33,9 @@ EXPECTED = {  # the types a key can have -> what to tell a user who gave somethi
     str: "text in quotes", tuple: "values such as 1,2 or (1, 2)", list: "values such as 1,2 or [1, 2]"}
 FAMILIES = ("*_TASK", "*_EVAL", "DW_JRT*", "WKV_*")  # environment names that can only be meant for us ...
 FOREIGN = ("*_PER_TASK",)  # ... but SLURM_CPUS_PER_TASK and its kin belong to the cluster
+PATHS = ("*path", "*_dir", "*_file", "*_bin", "ckpt", "out", "latent", "init_from", "rwkv_lm")  # in these ~ is the home folder
+LARGEST = 2**63 - 1  # no whole number above it fits a tensor
+
 
 class UserError(ValueError):
     """Base of what a user can cause; the message is one line naming the value, what is allowed, and the repair."""
@@ -37,8 +43,37 @@ class UserError(ValueError):
 class SettingError(UserError):
     """A setting that is unknown, mistyped or outside its choices."""
 
+class Interval(NamedTuple):
+    """The numbers that a key may have: `[1, 10]` with both ends, `(0, 1)` without; the first words of its comment."""
+    open_low: bool
+    low: float
+    high: float
+    open_high: bool
+
+    @classmethod
+    def of(cls, comment):
+        """The interval that a comment begins with, or None."""
+        if found := re.match(r"([\[(])([-+.\w]+), ([-+.\w]+)([\])])", comment):
+            return cls(found[1] == "(", float(found[2]), float(found[3]), found[4] == ")")
+
+    def __contains__(self, x):
+        low = self.low < x or self.low == x and not self.open_low
+        return low and (x < self.high or x == self.high and not self.open_high)
+
+    def __str__(self):
+        return f"{'[('[self.open_low]}{self.low:g}, {self.high:g}{'])'[self.open_high]}"
+
+
+class Key(NamedTuple):
+    """What is known of a key."""
+    default: object
+    interval: object = None  # Interval or None
+    names: object = None  # list of allowed values or None
+
+
 class Settings(SimpleNamespace):
-    """Each key is an attribute; `sources[key]` is "default", "default with X", "file F", "env KEY" or "command line"."""
+    """Each key is an attribute; `sources[key]` is "default", "default with X", "file F", "env KEY" or "command line".
+    `keys[key]` is its Key."""
 
     def given(self, key):
         """True if the user set the key, be it to its default. KeyError if there is no such key."""
@@ -50,20 +85,28 @@ class Settings(SimpleNamespace):
             setattr(self, key, value)
             self.sources[key] = f"default with {why}"
 
+    def adopt(self, values, keep, why):
+        """For `adjust`: the defaults are those of an earlier run, a dict that may hold keys of another version, but for
+        the keys to `keep`. SettingError for a value that the key cannot have."""
+        for key in values.keys() & self.keys.keys() - set(keep):
+            self.default(key, checked(key, values[key], self.keys[key], why), why)
+
     def pick(self, cls, **more):
         """An instance of the dataclass `cls`, from those of its fields that are keys; `more` overrides."""
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(cls) if f.init and f.name in self.sources}
         return cls(**(mine | more))
 
     def as_dict(self):
-        """All keys and values, ready for json.dumps."""
-        return {key: getattr(self, key) for key in self.sources}
+        """All keys and values as JSON has them."""
+        values = {key: getattr(self, key) for key in self.sources}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def lines(self):
-        """A line such as `dw_jrt = True   (env DW_JRT)` for each key that is not at its plain default."""
-        return [f"{key} = {getattr(self, key)!r}   ({source})" for key, source in self.sources.items() if source != "default"]
+    def lines(self, sources=("",)):
+        """A line such as `dw_jrt = True   (env DW_JRT)` for each key that is not at its plain default, of these sources."""
+        return [f"{key} = {getattr(self, key)!r}   ({source})" for key, source in self.sources.items()
+                if source != "default" and source.startswith(sources)]
 
-def configure(*groups, choices={}, families=FAMILIES, argv=None, env=None, adjust=None, show=True):
+def configure(*groups, choices={}, families=FAMILIES, argv=None, env=None, prefix="", adjust=None, show=True):
     """Resolve every key of `groups` -> Settings.
 
     groups     a script's globals() (its resolved values are written back), a dataclass type, or a dict name -> (default,
@@ -71,31 +114,33 @@ def configure(*groups, choices={}, families=FAMILIES, argv=None, env=None, adjus
     choices    key -> iterable of allowed names, such as a table; the default is allowed as well
     families   patterns of environment names that must resolve to a key
     argv, env  the command line without the script's name, and the environment; None: those of this process
+    prefix     of the names in the environment, but for those of `families`: plain words are other programs', too
+    show       print every key that is not at its default; False: only what was taken from the environment
     adjust     called with the Settings before they are printed, for defaults that depend on others: `cfg.default(...)`
     Errors: SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits with 0.
     """
     argv, env = sys.argv[1:] if argv is None else argv, os.environ if env is None else env
     choices = {key: list(names) for key, names in choices.items()}
     sections = [section(group) for group in groups]
-    defaults = merge(sections, choices)
+    keys = merge(sections, choices)
     if "-h" in argv or "--help" in argv:
-        print(help_text(groups, sections, choices))
+        print(help_text(groups, sections, choices, prefix))
         raise SystemExit(0)
 
-    cfg = Settings(**defaults, sources=dict.fromkeys(defaults, "default"))
-    files, options = split_argv(argv, defaults)
-    given = [(key, value, f"file {path}") for path in files for key, value in read_config(path, defaults)]
-    given += [(key, text, f"env {key.upper()}") for key, text in read_environment(env, defaults, families)]
+    cfg = Settings(**{key: row.default for key, row in keys.items()}, sources=dict.fromkeys(keys, "default"), keys=keys)
+    files, options = split_argv(argv, keys)
+    given = [(key, value, f"file {path}") for path in files for key, value in read_config(path, keys)]
+    given += [(key, text, f"env {name}") for key, name, text in read_environment(env, keys, families, prefix)]
     given += [(key, text, "command line") for key, text in options]
     for key, value, source in given:  # in order of precedence: the last one stays
-        setattr(cfg, key, checked(key, value, defaults[key], choices.get(key), source))
+        setattr(cfg, key, checked(key, value, keys[key], source))
         cfg.sources[key] = source
     if adjust:
         adjust(cfg)
-    for group, (_, keys) in zip(groups, sections):
+    for group, (_, mine) in zip(groups, sections):
         if is_script(group):
-            group.update({key: getattr(cfg, key) for key in keys})
-    for line in cfg.lines() if show else ():
+            group.update({key: getattr(cfg, key) for key in mine})
+    for line in cfg.lines(("",) if show else ("env ",)):
         print(line)
     return cfg
 
@@ -141,54 +186,62 @@ def assigned(node):
             return node.targets[0].id, ast.literal_eval(node.value)
 
 def merge(sections, choices):
-    """key -> default of all sections. A key may stand in two of them only if it means the same in both."""
-    defaults = {}
+    """key -> Key of all sections. A key may stand in two of them only if it means the same in both."""
+    found = {}
     for title, keys in sections:
-        for key, (default, _) in keys.items():
-            if repr(defaults.setdefault(key, default)) != repr(default):
-                raise AssertionError(f"{title}: key {key!r} has default {default!r} here and {defaults[key]!r} elsewhere")
-            if type(default) not in EXPECTED or key == "sources" or hasattr(Settings, key):
-                raise AssertionError(f"{title}: key {key!r} needs a default of bool, int, float, str, tuple or list, and a name "
-                                     "that is no member of Settings")
-    if unknown_keys := choices.keys() - defaults.keys():
+        for key, (default, comment) in keys.items():
+            row = found.setdefault(key, Key(default, Interval.of(comment), choices.get(key)))
+            if repr(row.default) != repr(default):
+                raise AssertionError(f"{title}: key {key!r} has default {default!r} here and {row.default!r} elsewhere")
+            if type(default) not in EXPECTED or key in ("sources", "keys") or hasattr(Settings, key):
+                raise AssertionError(f"{title}: key {key!r} needs a default of bool, int, float, str, tuple or list, "
+                                     "and a name that is not a member of Settings")
+    if unknown_keys := choices.keys() - found.keys():
         raise AssertionError(f"choices for {sorted(unknown_keys)}, which are keys of no group")
-    return defaults
+    return found
 
 # ---- what users give -------------------------------------------------------------------------------------------------
 
-def read_config(path, defaults):
+def read_config(path, keys):
     """The (key, value) pairs of a config file: comments, a docstring, and lines `name = literal`."""
     allowed = "a config file holds only comments and lines `name = literal`"
     try:
-        with open(path, "rb") as file:  # bytes, so that ast reports a wrong encoding too
+        with open(os.path.expanduser(path), "rb") as file:  # bytes, so that ast reports a wrong encoding too
             tree = ast.parse(file.read())
+            lines = list(tree.body[ast.get_docstring(tree) is not None:])
+            pairs = [assigned(node) for node in lines]
     except OSError as error:
         near = nearest(path, glob.glob("config/*.py"))
         raise SettingError(f"config file {path!r}: {error.strerror}" + (f"; did you mean {near!r}?" if near else "")) from None
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte, before Python 3.12
-        raise SettingError(f"{path}:{getattr(error, 'lineno', None) or 1}: {getattr(error, 'msg', error)}: {allowed}") from None
-    for node in tree.body[ast.get_docstring(tree) is not None:]:
-        if not (pair := assigned(node)):
+        where = getattr(error, "lineno", None) or 1
+        raise SettingError(f"{path}:{where}: {getattr(error, 'msg', error)}: {allowed}") from None
+    except (RecursionError, MemoryError):  # what Python's parser says to 20,000 minus signs
+        raise SettingError(f"{path}: an expression in it is nested too deeply: {allowed}") from None
+    for node, pair in zip(lines, pairs):
+        if not pair:
             raise SettingError(f"{path}:{node.lineno}: {ast.unparse(node).splitlines()[0]!r}: {allowed}")
-        if pair[0] not in defaults:
-            raise unknown(pair[0], f"file {path}", defaults)
+        if pair[0] not in keys:
+            raise unknown(pair[0], f"file {path}", keys)
         yield pair
 
-def read_environment(env, defaults, families):
-    """The (key, text) pairs of the environment. A stray name of an owned family is an error, another near miss a warning."""
-    names = {key.upper(): key for key in defaults}
+def read_environment(env, keys, families, prefix=""):
+    """The (key, name, text) of the environment. A stray name of an owned family is an error, another near miss a
+    warning."""
+    owned = lambda name: any(fnmatchcase(name, family) for family in families)
+    names = {key.upper() if owned(key.upper()) else prefix + key.upper(): key for key in keys}
     for name, text in env.items():
         key = names.get(name)
-        if text == "" and not isinstance(defaults.get(key), str):
+        if text == "" and not (key and isinstance(keys[key].default, str)):
             continue  # `X_TASK= python ...` is how a shell unsets a variable for one command
         if key:
-            yield key, text
-        elif any(fnmatchcase(name, owned) for owned in families) and not any(fnmatchcase(name, other) for other in FOREIGN):
+            yield key, name, text
+        elif owned(name) and not any(fnmatchcase(name, other) for other in FOREIGN):
             raise unknown(name, "environment", names, repair="unset it, or see --help for all keys")
         elif name.isupper() and (near := nearest(name, names, cutoff=0.85)):
             print(f"warning: environment variable {name} has no effect; did you mean {near}?", file=sys.stderr)
 
-def split_argv(argv, defaults):
+def split_argv(argv, keys):
     """A command line -> ([config file], [(key, text)])."""
     files, options, rest = [], [], list(argv)
     while rest:
@@ -201,10 +254,13 @@ def split_argv(argv, defaults):
                 raise SettingError(f"unexpected argument {word!r}: a config file ends in .py, a setting is --key=value")
             files.append(word)
             continue
-        if key not in defaults:
-            raise unknown(name, "command line", defaults)
-        if not equals and isinstance(defaults[key], bool) and (alone or rest[0].endswith(".py")):
+        if key not in keys:
+            raise unknown(name, "command line", keys)
+        default = keys[key].default
+        if not equals and isinstance(default, bool) and (alone or rest[0].endswith(".py")):
             text = "true"
+        elif not equals and alone and isinstance(default, str) and default:  # as in `sample.py --ckpt`
+            text = default
         elif not equals and alone:
             raise SettingError(f"--{name} has no value: write --{name}=VALUE or --{name} VALUE")
         elif not equals:
@@ -231,36 +287,123 @@ def convert(value, like):
         raise ValueError("nan")
     return value
 
-def checked(key, value, like, allowed, source):
-    """`value` with the type of the default `like`, and one of `allowed` if that is a list; else SettingError."""
+def checked(key, value, row, source):
+    """`value` with the type of the default of `row`, a Key, in its interval and among its names; else SettingError."""
+    like = row.default
     try:
         result = convert(value, like)
-    except (ValueError, TypeError, KeyError, SyntaxError):
-        raise SettingError(f"{key} = {value!r} ({source}): expected {EXPECTED[type(like)]}; the default is {like!r}") from None
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
+        raise SettingError(f"{key} = {short(value)} ({source}): expected {EXPECTED[type(like)]}; the default is {like!r}") from None
+    if isinstance(result, (tuple, list)) and row.interval and not result:
+        result = like
+    if isinstance(result, str):
+        if "\0" in result:
+            raise SettingError(f"{key} = {short(value)} ({source}): holds a null character, leave it out")
+        if any(fnmatchcase(key, pattern) for pattern in PATHS):
+            result = os.path.expanduser(result)
     for part in result if isinstance(result, (tuple, list)) else [result]:
-        if allowed is not None and part not in allowed and result != like:
-            near = nearest(part, allowed)
-            raise SettingError(f"{key} = {part!r} ({source}): must be one of {', '.join(map(str, allowed))}"
+        number = isinstance(part, (int, float)) and not isinstance(part, bool)
+        if number and row.interval and part not in row.interval:
+            raise SettingError(f"{key} = {short(part)} ({source}): must be in {row.interval}; the default is {like!r}")
+        if number and isinstance(part, int) and abs(part) > LARGEST:
+            raise SettingError(f"{key} = {short(part)} ({source}): is too large, give at most 2^63 - 1")
+        if row.names is not None and part not in row.names and result != like:
+            near = nearest(part, row.names)
+            raise SettingError(f"{key} = {short(part)} ({source}): must be one of {', '.join(map(str, row.names))}"
                                + (f"; did you mean {near!r}?" if near else ""))
     return result
+
+def short(value):
+    """repr(value), cut to what fits a line."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {int(value.bit_length() * 0.30103) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:70]}... ({len(text)} characters)"
 
 def nearest(name, names, cutoff=0.6):
     """The one of `names` most like `name`, or None."""
     lower = {str(n).lower().replace("-", "_"): n for n in names}
-    return next((lower[n] for n in difflib.get_close_matches(str(name).lower().replace("-", "_"), lower, 1, cutoff)), None)
+    name = str(name)[:80].lower().replace("-", "_")
+    return next((lower[n] for n in difflib.get_close_matches(name, lower, 1, cutoff)), None)
 
 def unknown(name, source, names, repair="--help lists all keys"):
     near = nearest(name, names)
-    return SettingError(f"unknown key {name!r} ({source}): " + (f"did you mean {near!r}? " if near else "") + repair)
+    return SettingError(f"unknown key {short(name)} ({source}): " + (f"did you mean {near!r}? " if near else "") + repair)
+
+# ---- files: whatever one holds is read or refused in one line; they are written whole or not at all ----------------------
+
+@contextlib.contextmanager
+def reading(path, repair):
+    """Around a reader of a file, which may be damaged or foreign: whatever the reader raises becomes a ValueError in one
+    line, with the path and the repair. A UserError, or a ValueError that names the path already, stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or str(path) in str(error) and isinstance(error, (ValueError, OSError)):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path}: {error.strerror}") from None
+        said = " ".join(str(error).split()) or "no more is known"
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {said[:120]}): {repair}") from None
+
+class Sink(io.RawIOBase):
+    """A new file beside `path` that keeps the first error to itself: one raised inside torch.save can abort the process."""
+
+    def __init__(self, path):
+        self.path, self.error, self.size = f"{path}.tmp", None, 0
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)  # what a killed run left, or a link that somebody put there: never written through
+        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        left = memoryview(content).cast("B")
+        self.size += len(left)
+        try:
+            while left and not self.error:
+                left = left[os.write(self.file, left):]
+        except OSError as error:
+            self.error = error
+        return memoryview(content).nbytes
+
+@contextlib.contextmanager
+def written(path):
+    """A binary file to write that becomes `path` at the end, flushed to disk: killed at any moment, the old file is there
+    or the new one. UserError, in one line, if it cannot be written; what was there before stays, and nothing else."""
+    sink = None
+    try:
+        sink = Sink(path)
+        yield sink
+        if sink.error:
+            raise sink.error
+        os.fsync(sink.file)
+        os.close(sink.file)
+        os.replace(sink.path, path)
+    except BaseException as error:
+        if sink:
+            for undo in (lambda: os.close(sink.file), lambda: os.unlink(sink.path)):
+                with contextlib.suppress(OSError):
+                    undo()
+        if not isinstance(error, OSError) or isinstance(error, UserError):
+            raise
+        need = f" of {sink.size:,} bytes" if sink else ""
+        raise UserError(f"{path}{need} cannot be written: {error.strerror or error}; what was there before is kept") from None
+
+def replace_file(path, content):
+    """Write all of `content`, bytes, or nothing."""
+    with written(path) as f:
+        f.write(content)
 
 # ---- what users see --------------------------------------------------------------------------------------------------
 
-def help_text(groups, sections, choices):
+def help_text(groups, sections, choices, prefix=""):
     """The first paragraph of the script's docstring, the usage forms, and every key where it is defined."""
     script = next(filter(is_script, groups), {})
     run = f"python {os.path.basename(script.get('__file__', sys.argv[0]))}"
     out = [inspect.cleandoc(script.get("__doc__") or "").split("\n\n")[0], "",
-           f"usage: {run} [config/NAME.py ...] [--key=value | --key value ...]", f"       KEY=value {run} ...",
+           f"usage: {run} [config/NAME.py ...] [--key=value | --key value ...]", f"       {prefix}KEY=value {run} ...",
            "The command line wins over the environment, the environment over config files, a later file over an earlier."]
     every = {key: repr(default) for _, keys in sections for key, (default, _) in keys.items()}
     wide, wide_default = max(map(len, every), default=0), min(24, max(map(len, every.values()), default=0))
@@ -272,24 +415,74 @@ def help_text(groups, sections, choices):
                 out.append(f"  --{key:<{wide}}  {every.pop(key):<{wide_default}}  {names}{comment}".rstrip())
     return "\n".join(out).lstrip()
 
-def fail(message):
-    """Print `error: message` as one line on stderr and exit with code 2."""
-    print("error:", " ".join(line.strip() for line in str(message).splitlines()), file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, code=2, kind="error: "):
+    """Print `error: message` as one line on stderr, below any progress bar, and exit with code 2."""
+    if bars := getattr(sys.modules.get("tqdm"), "tqdm", None):
+        for bar in list(getattr(bars, "_instances", ())):
+            bar.close()
+    print(kind + " ".join(line.strip() for line in str(message).splitlines() if line.strip()), file=sys.stderr)
+    raise SystemExit(code)
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, which ends a script in the same manner as Ctrl-C does."""
+
+class Stream:
+    """Standard output or error that cannot end a run: what the terminal cannot encode is escaped, and a reader that
+    has gone away or a full disk behind it is passed over."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def too_large(error):
+    """Does the exception say that memory does not suffice?"""
+    words = "out of memory|can't allocate|allocate memory|Storage size calculation overflowed|too many dimensions|Overflow"
+    return (isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and re.search(words, str(error)))
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a script's main: what a user can cause (ValueError, OSError) ends in one line and exit code 2.
+def one_line_errors(stopped="what is unfinished was not kept"):
+    """Around a script's main: what a user can cause (ValueError, OSError, too little memory) ends in one line and exit
+    code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143.
 
     Any other exception is a bug and keeps its traceback; NANODIR_DEBUG=1 keeps it for all.
     """
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Stream):
+            setattr(sys, name, Stream(getattr(sys, name)))
+    def stop(signum, frame):
+        raise Stopped
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
         yield
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the line off
+        name, code = ("SIGTERM", 143) if isinstance(error, Stopped) else ("Ctrl-C", 130)
+        fail(f"{name}: {stopped}", code, "stopped by ")
+    except Exception as error:
         if os.environ.get("NANODIR_DEBUG") == "1":
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
             fail(f"{error.filename}: {error.strerror}")
+        if too_large(error):
+            fail(f"this does not fit into memory ({type(error).__name__}: {str(error)[:200]}): choose smaller sizes, "
+                 "such as --device_bsz, --batch_size, --seq_len, --n_embd or --n_layer")
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         # A ValueError that is not a UserError may also be a bug, so say how to see where it comes from.
         where = "" if isinstance(error, UserError) else " (NANODIR_DEBUG=1 shows where)"
         fail((str(error) or type(error).__name__) + where)

@@ -11,8 +11,8 @@ the global batch, so accumulation, several processes and a resumed run all see t
     python data.py tokenize --data_path=FOLDER2 --tokenizer=byte     their tokens
     python data.py download shakespeare                                               or text8, or gpt2 (its vocabulary)
 """
-import argparse
 import ast
+import bisect
 import codecs
 import functools
 import glob
@@ -32,6 +32,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -40,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 import tasks
+from configurator import SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file, written
 
 # ---- tokenizers: a row of KINDS turns text into ids and back; Tokenizer is what the rest of the code sees ---------------
 
@@ -255,11 +257,25 @@ class Tokenizer:
         return "".join(self.codec.decode(list(run)) if known else "_" * len(list(run)) for known, run in runs)
 
     def characters(self, ids):
-        """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎)."""
-        return [self.decode([i]).replace("\n", "⏎") for i in ids]
+        """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several ids that are one
+        character together the first has it, the others are empty."""
+        ids, cells = list(map(int, ids)), []
+        while at := len(ids) - len(cells):
+            rest = ids[-at:]
+            n = next((n for n in range(1, min(4, at) + 1) if "\ufffd" not in self.decode(rest[:n])), 1)
+            cells += [visible(self.decode(rest[:n])).replace("\n", "⏎"), *[""] * (n - 1)]
+        return cells
 
     def state(self):
         return {"kind": self.kind, "alphabet": self.alphabet, **self.codec.state}
+
+
+CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xfffd)
+
+
+def visible(text):
+    """Text as a terminal may show it: control characters as their pictures, but for line ends and tabs."""
+    return text.translate(CONTROLS)
 
 
 def same_vocabulary(a, b):
@@ -286,8 +302,24 @@ def agreed(asked, state, owner):
 # ---- sources ------------------------------------------------------------------------------------------------------------
 
 
+def one_line_end(text):
+    """Line ends of every system -> those of Unix."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def record(path, line, number):
+    """A line of a .jsonl file -> the text in it. ValueError if it is not an object with a text."""
+    with reading(f"{path}, {number}", 'give lines such as {"text": "..."}'):
+        found = json.loads(line)
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            raise ValueError("it has no text")
+        found["text"].encode()                                              # half of a surrogate pair is not text
+        return one_line_end(found["text"])
+
+
 def read_text(path):
-    """A UTF-8 file, or with no path the source text of Python's own standard library, which every machine has -> (name, str)."""
+    """A UTF-8 file, or with no path the source text of Python's own standard library, which every machine has -> (name, str).
+    Of a .jsonl file the texts of its lines, a line end after each. A byte order mark is left out, line ends become \\n."""
     if not path:
         found, total = [], 0
         for f in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -295,11 +327,19 @@ def read_text(path):
                 found.append(f.read_text(encoding="utf-8", errors="replace"))
                 total += len(found[-1])
         return "standard library", "".join(found)
+    raw = Path(path).read_bytes()
     try:
-        with open(path, encoding="utf-8") as f:
-            return str(path), f.read()
+        text = one_line_end(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): give a plain text file") from None
+    if is_jsonl(path):
+        lines = enumerate(text.split("\n"), 1)
+        text = "".join(record(path, line, f"line {i}") + "\n" for i, line in lines if line.strip())
+    return str(path), text
+
+
+def is_jsonl(path):
+    return str(path).lower().endswith(".jsonl")
 
 
 def alphabet(*texts):
@@ -375,9 +415,17 @@ def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
     train = read_bins(data_bin, V, raw)
     cut = len(train) * 9 // 10
     train, val = (train, read_bins(data_val_bin, V, raw)) if data_val_bin else (train.cut(0, cut), train.cut(cut, len(train)))
-    shown = val[np.arange(min(len(val), 1 << 16))].tolist() if getattr(tokenizer.codec, "found", True) else []
-    text = tokenizer.decode(i for i in shown if i < tokenizer.vocab_size)
-    return data_bin, tokenizer, train, val, [len(text) / len(shown), len(text.encode()) / len(shown)] if len(shown) else [math.nan] * 2
+    starts = np.arange(64)[:, None] * max(0, len(val) - 1024) // 63         # pieces from all over what is evaluated
+    shown = val[starts + np.arange(min(1024, len(val)))].flatten().tolist() if getattr(tokenizer.codec, "found", True) else []
+    return data_bin, tokenizer, train, val, per_token(tokenizer, [i for i in shown if i < tokenizer.vocab_size])
+
+
+def per_token(tokenizer, ids):
+    """A list of ids -> [characters, bytes] that one stands for on average; nan where no vocabulary tells."""
+    if not ids:
+        return [math.nan] * 2
+    text = tokenizer.codec.decode(ids)
+    return [len(text) / len(ids), len(text.encode()) / len(ids)]
 
 
 def open_prepared(folder, tokenizer):
@@ -385,21 +433,27 @@ def open_prepared(folder, tokenizer):
     file = Path(folder, "meta.json")
     if not file.is_file():
         nanogpt = "; nanoGPT's train.bin and val.bin are read by --data_bin and --data_val_bin" * Path(folder, "train.bin").is_file()
-        raise ValueError(f"{folder} has no meta.json: give the folder that `python data.py prepare` wrote{nanogpt}")
-    meta = json.loads(file.read_text())
-    if not {"tokenizer", "done", *SPLITS} <= meta.keys():
-        raise ValueError(f"{file} is not of `python data.py prepare`: prepare the text anew, into another folder")
-    if not meta["done"]:
-        raise ValueError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it was stopped")
-    tokenizer, parts = agreed(tokenizer, meta["tokenizer"], folder), {}
-    for split in SPLITS:
-        for name, n in meta[split]["shards"]:
-            if (size := os.path.getsize(Path(folder, name))) != n * np.dtype(meta["dtype"]).itemsize:
-                raise ValueError(f"{folder}/{name} holds {size} bytes, not {n} tokens of {meta['dtype']}: prepare the folder again")
-        shards = [np.memmap(Path(folder, name), meta["dtype"], "r") for name, _ in meta[split]["shards"]]
-        parts[split] = Tokens(shards, tokenizer.vocab_size)
-    last = meta["val"] if meta["val"]["tokens"] else meta["train"]
-    return folder, tokenizer, parts["train"], parts["val"], [last["chars"] / last["tokens"], last["bytes"] / last["tokens"]]
+        raise ValueError(f"{folder} has no meta.json: a folder of texts is prepared first, "
+                         f"python data.py prepare --data_path={folder} --out=FOLDER, then --data_path=FOLDER{nanogpt}")
+    with reading(folder, "its meta.json is damaged, prepare the text anew, into another folder"):
+        meta = json.loads(file.read_bytes())
+        if not {"tokenizer", "done", *SPLITS} <= meta.keys():
+            raise UserError(f"{file} is not of `python data.py prepare`: prepare the text anew, into another folder")
+        if not meta["done"]:
+            raise UserError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it was stopped")
+        tokenizer, parts = agreed(tokenizer, meta["tokenizer"], folder), {}
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"its numbers are {meta['dtype']!r}, not uint16 or uint32")
+        for split in SPLITS:
+            for name, n in meta[split]["shards"]:
+                if not re.fullmatch(rf"{split}_\d+\.bin", name):
+                    raise ValueError(f"{name!r} is not the name of a shard")
+                if (size := os.path.getsize(Path(folder, name))) != n * np.dtype(meta["dtype"]).itemsize:
+                    raise UserError(f"{folder}/{name} holds {size} bytes, not {n} tokens of {meta['dtype']}: prepare the folder again")
+            shards = [np.memmap(Path(folder, name), meta["dtype"], "r") for name, _ in meta[split]["shards"]]
+            parts[split] = Tokens(shards, tokenizer.vocab_size)
+        last = meta["val"] if meta["val"]["tokens"] else meta["train"]
+        return folder, tokenizer, parts["train"], parts["val"], [last["chars"] / last["tokens"], last["bytes"] / last["tokens"]]
 
 
 def open_text(path, tokenizer):
@@ -408,8 +462,10 @@ def open_text(path, tokenizer):
     if isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer or "byte", alphabet(text) if tokenizer == "char" else "")
     ids = torch.from_numpy(tokenizer.encode(text).astype(np.int32))
-    cut, n = len(ids) * 9 // 10, max(1, len(ids))
-    return name, tokenizer, ids[:cut], ids[cut:], [len(text) / n, len(text.encode()) / n]
+    cut = len(ids) * 9 // 10
+    while cut < len(ids) and tokenizer.codec.decode(ids[cut:cut + 8].tolist()).startswith("\ufffd"):     # not within a character
+        cut += 1
+    return name, tokenizer, ids[:cut], ids[cut:], per_token(tokenizer, ids[cut:].tolist())
 
 
 class TextSource:
@@ -434,8 +490,10 @@ class TextSource:
         return self.windows(self.train, start)
 
     def eval_rows(self, n, seed=None):
-        """n windows spread evenly over the held-out part: always the same."""
-        return self.windows(self.val, torch.linspace(0, len(self.val) - self.T, n).long())
+        """n windows spread evenly over the held-out part, each another (fewer, if it has fewer): always the same."""
+        last = len(self.val) - self.T
+        n = min(n, last + 1)
+        return self.windows(self.val, torch.arange(n) * last // max(1, n - 1))
 
     def windows(self, ids, start):
         x = ids[start[:, None] + torch.arange(self.T)].long()
@@ -506,7 +564,8 @@ class PairSource:
         file = Path(folder, "tokenizer.json")
         if not file.is_file():
             raise ValueError(f"{folder} has no tokens yet: python data.py tokenize --data_path={folder}")
-        self.tokenizer = agreed(tokenizer, json.loads(file.read_text()), folder)
+        with reading(folder, f"its tokenizer.json is damaged, python data.py tokenize --data_path={folder}"):
+            self.tokenizer = agreed(tokenizer, json.loads(file.read_bytes()), folder)
         self.train, self.val = (self.read(folder, split, use_latents, skip_missing) for split in PAIRS)
         self.latent_dim = self.train.z.shape[1]
         if self.val.z.shape[1] != self.latent_dim or not len(self.train.use) or not len(self.val.use):
@@ -523,6 +582,8 @@ class PairSource:
         for f in files:
             x, mask = load_array(f, ("input_ids", "attention_mask"))
             mask = mask.astype(bool)
+            if x.dtype.kind not in "iu" or x.size and x.min() < 0:
+                raise ValueError(f"{f}: input_ids are {x.dtype}, or negative: make the tokens again")
             if x.shape != mask.shape or x.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any():
                 raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be (texts, tokens), padded at the end")
             if mask.any() and (most := x[mask].max()) >= self.tokenizer.vocab_size:
@@ -564,8 +625,8 @@ class PairSource:
 
     def eval_rows(self, n, seed=None):
         """n texts spread evenly over the validation split (all, if it has fewer): always the same."""
-        size = len(self.val.use)
-        return self.rows(self.val, torch.linspace(0, size - 1, min(n, size)).long())
+        n, size = min(n, len(self.val.use)), len(self.val.use)
+        return self.rows(self.val, torch.arange(n) * (size - 1) // max(1, n - 1))
 
     def moments(self):
         """-> mean (D,) of the training latents, and the root of their mean variance, over those that are there."""
@@ -640,85 +701,132 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
 SPLITS, PIECE = ("train", "val"), 1 << 18                                   # PIECE: bytes of text in memory at a time
 
 
-def text_files(data_path):
-    """A file, or the .txt files below a folder, in order -> [[path, size, time]], which tells whether any of them changed."""
+def text_files(data_path, pattern="*.txt,*.md,*.jsonl"):
+    """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]], which tells whether
+    any of them changed."""
     if not data_path:
-        raise ValueError("--data_path is missing: give a text file, or a folder with .txt files")
-    files = sorted(map(str, Path(data_path).rglob("*.txt"))) if os.path.isdir(data_path) else [str(data_path)]
+        raise ValueError("--data_path is missing: give a text file, or a folder with texts")
+    files = [str(data_path)]
+    if os.path.isdir(data_path):
+        fits = lambda f: any(fnmatch(f.name.lower(), p.strip().lower()) for p in pattern.split(","))
+        files = sorted(str(f) for f in Path(data_path).rglob("*") if f.is_file() and fits(f))
     found = [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
     if not any(size for _, size, _ in found):
-        raise ValueError(f"{data_path} holds no text: give a text file that is not empty, or a folder with .txt files")
+        raise ValueError(f"{data_path} holds no text: give a text file that is not empty, or a folder with files like {pattern} "
+                         "(--pattern chooses others)")
     return found
 
 
+def left_out(data_path, found, pattern):
+    """Say which files of a folder are not read."""
+    taken = {f for f, _, _ in found}
+    if others := sorted(str(f) for f in Path(data_path).rglob("*") if f.is_file() and str(f) not in taken):
+        shown = ", ".join(others[:3]) + f" and {len(others) - 3} more" * (len(others) > 3)
+        print(f"left out, since their names do not fit --pattern={pattern}: {shown}")
+
+
 def pieces(path, begin, end, tokenizer=None):
-    """Bytes begin..end of a UTF-8 file, PIECE at a time -> (offset, bytes, text), or with a tokenizer (offset, bytes, ids, characters).
-    The ids are those of the whole text: a piece ends where what follows cannot change them."""
+    """Bytes begin..end of a UTF-8 file, PIECE at a time (of a .jsonl file, a line) -> (offset, bytes read, text), or with a tokenizer
+    (offset, bytes read, ids, text). The ids are those of the whole text: a piece ends where what follows cannot change them."""
+    if is_jsonl(path):
+        yield from records(path, begin, end, tokenizer)
+        return
     with open(path, "rb") as f:
         while begin < end:
             f.seek(begin)
             raw = f.read(min(PIECE, end - begin))
             last = begin + len(raw) >= end
+            raw = raw[:-1] if raw.endswith(b"\r") and not last else raw      # its other half may follow
             try:
                 text, n = codecs.utf_8_decode(raw, "strict", last)
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path} is not UTF-8 text (byte {begin + e.start}): give a plain text file") from None
             if not raw:
                 raise ValueError(f"{path} ended at byte {begin} of {end}: it must not change while it is read")
+            whole, text = text, one_line_end(text)
             if not tokenizer:
                 yield begin, n, text
             else:
                 ids, used = (tokenizer.encode(text), len(text)) if last else tokenizer.codec.encode_part(text)
-                n = n if used == len(text) else len(text[:used].encode())
-                yield begin, n, ids, used
+                if used < len(text):                                        # \r\n became one character
+                    pairs = [m.start() - k for k, m in enumerate(re.finditer("\r\n", whole))]
+                    n = len(whole[:used + bisect.bisect_left(pairs, used)].encode())
+                yield begin, n, ids, text[:used]
             begin += n
+
+
+def records(path, begin, end, tokenizer=None):
+    """The same for a .jsonl file. After each text comes the end of text, or a line end where the tokenizer has none."""
+    with open(path, "rb") as f:
+        f.seek(begin)
+        while begin < end:
+            line = f.readline()
+            if not line:
+                raise ValueError(f"{path} ended at byte {begin} of {end}: it must not change while it is read")
+            eot = tokenizer.eot_id if tokenizer else None
+            text = record(path, line, f"byte {begin}") + "\n" * (eot is None) if line.strip() else ""
+            if not tokenizer:
+                yield begin, len(line), text
+            else:
+                yield begin, len(line), np.append(tokenizer.encode(text), [eot] * (eot is not None and bool(line.strip()))), text
+            begin += len(line)
 
 
 def read_all(found, what):
     """The text of every piece of the files, with a progress bar."""
     with tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=what) as bar:
         for f, size, _ in found:
-            for _, n, text in pieces(f, 0, size):
+            for _, n, text in pieces(f, start_of(f), size):
                 yield text
                 bar.update(n)
+
+
+def start_of(path):
+    """Where the text of a file begins: after a byte order mark."""
+    with open(path, "rb") as f:
+        return 3 if f.read(3) == codecs.BOM_UTF8 else 0
 
 
 def regions(found, val_share):
     """[path, size, time] of each file -> {split: [(path, begin, end)]}: the last val_share of all bytes is held out."""
     at, cut, out = 0, int(sum(size for _, size, _ in found) * (1 - val_share)), {split: [] for split in SPLITS}
     for path, size, _ in found:
-        here = min(max(cut - at, 0), size)
+        begin = start_of(path)
+        here = min(max(cut - at, begin), size)
         with open(path, "rb") as f:
-            f.seek(here)
-            here += next((i for i, byte in enumerate(f.read(4)) if byte & 0xC0 != 0x80), 0)      # not within a character
-        out["train"] += [(path, 0, here)] * (here > 0)
+            if begin < here < size and is_jsonl(path):                      # not within a line
+                f.seek(here - 1)
+                f.readline()
+                here = f.tell()
+            elif begin < here < size:                                       # not within a character, nor a line end
+                f.seek(here - 1)
+                before, *after = f.read(5)
+                here += next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
+                here += before == 13 and after[0] == 10
+        out["train"] += [(path, begin, here)] * (here > begin)
         out["val"] += [(path, here, size)] * (here < size)
         at += size
     return out
 
 
-def replace_file(path, content):
-    """Write all or nothing: killed at any moment, the old file is there or the new one."""
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_000_000):
+def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_000_000, pattern="*.txt,*.md,*.jsonl"):
     """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on from its last shard.
 
-    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. The bytes of the text are taken
-    as they are. After each file of a folder comes the end of text, if the tokenizer has one.
+    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read whose names fit the
+    pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order mark is left out. After each file of a
+    folder and each text of a .jsonl file comes the end of text, if the tokenizer has one.
     """
-    if not out or not 0 <= val_share < 1 or shard_tokens < 1:
-        raise ValueError(f"out={out!r}, val_share={val_share}, shard_tokens={shard_tokens}: give the folder to write as --out, a share "
-                         "from 0 up to 1, and at least 1 token a shard")
-    found = text_files(data_path)
+    if not out:
+        raise ValueError("--out is missing: give the folder to write")
+    found = text_files(data_path, pattern)
+    if os.path.isdir(data_path):
+        left_out(data_path, found, pattern)
     file, settings = Path(out, "meta.json"), dict(val_share=val_share, shard_tokens=shard_tokens)
     if file.exists():
-        meta = json.loads(file.read_text())
+        with reading(file, f"delete {out}, or give another --out"):
+            meta = json.loads(file.read_bytes())
+            if not {"source", "settings", "tokenizer", "dtype", *SPLITS} <= meta.keys():
+                raise ValueError("it is not of `python data.py prepare`")
         if meta["source"] != found:
             raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, or give "
                              "another --out")
@@ -740,7 +848,7 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     with tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=f"{tok.kind} tokens") as bar:
         for split, parts in regions(found, val_share).items():
             write_split(out, split, parts, tok, meta, len(found) > 1, save, bar)
-    if text_files(data_path) != found:
+    if text_files(data_path, pattern) != found:
         raise ValueError(f"{data_path} changed while it was read: delete {out} and start again")
     meta["done"] = True
     save()
@@ -764,12 +872,11 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
         mine.update(shards=mine["shards"] + [[name, n]], tokens=mine["tokens"] + n, at=at)
         save()
 
-    mine["bytes"] = sum(end - begin for _, begin, end in parts)
     bar.update(sum(end - begin for _, begin, end in parts[:first]))
     for i, (path, begin, end) in list(enumerate(parts))[first:]:
         bar.update(max(0, offset - begin))
-        for at, n, ids, chars in pieces(path, offset or begin, end, tok):
-            if several and tok.eot_id is not None and at + n == os.path.getsize(path):
+        for at, n, ids, text in pieces(path, offset or begin, end, tok):
+            if several and tok.eot_id is not None and at + n == os.path.getsize(path) and not is_jsonl(path):
                 ids = np.append(ids, tok.eot_id)
             while skip < len(ids):
                 if not shard or shard.closed:
@@ -779,7 +886,8 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
                 skip, room = skip + len(some), room - len(some)
                 if not room:
                     finish([i, at, skip])                                   # mine["chars"] are those before this piece, as a rerun needs
-            mine["chars"] += chars
+            mine["chars"] += len(text)
+            mine["bytes"] += len(text.encode())
             bar.update(n)
             skip = 0
         offset = 0
@@ -825,17 +933,38 @@ def fit_projection(chunks, dim):
 
 
 def load_array(path, keys=None):
-    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated or would run code."""
-    try:
-        found = np.load(path, allow_pickle=False)
-        return found if keys is None else [found[key] for key in keys]
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (KeyError, IndexError):         # no such array in the file, or a .npy under another name
-        raise ValueError(f"{path} must hold {' and '.join(keys)}: make it again") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        why = "it is no array, or one of pickled objects, which are never loaded" if "pickle" in str(e).lower() else "it is truncated or no array"
-        raise ValueError(f"{path} cannot be read: {why}") from None
+    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated, compressed, claims more than
+    the file holds, or would run code."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist")
+    with reading(path, "it is truncated or damaged, make it again"):
+        if keys is None:
+            with open(path, "rb") as f:
+                return read_npy(f, os.path.getsize(path))
+        with zipfile.ZipFile(path) as z:
+            found = []
+            for key in keys:
+                if f"{key}.npy" not in z.namelist():
+                    raise ValueError(f"{path} must hold {' and '.join(keys)}: make it again")
+                member = z.getinfo(f"{key}.npy")
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > os.path.getsize(path):
+                    raise ValueError("it is compressed, write it with numpy.savez")
+                with z.open(member) as f:
+                    found.append(read_npy(f, member.file_size))
+            return found
+
+
+def read_npy(f, size):
+    """An open .npy file of `size` bytes -> its numbers; what it claims to hold must be what it holds."""
+    version = np.lib.format.read_magic(f)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = header(f)
+    if dtype.kind not in "fiub":
+        raise ValueError("it is not an array of numbers, or one of pickled objects, which are never loaded")
+    if f.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"it claims {dtype} {shape} and holds {size} bytes: it is truncated or damaged")
+    f.seek(0)
+    return np.load(f, allow_pickle=False)
 
 
 def ngrams(texts, buckets):
@@ -891,9 +1020,8 @@ def save_projection(out, projection):
 def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_share=0.1, buckets=2048):
     """Latents without any model: passages of `length` characters of a text (default: Python's standard library), their hashed n-grams, and
     the `dim` principal components of those -> folder `out` with texts, latents and tokens. The last val_share of the text is held out."""
-    if not out or dim < 1 or length < 1 or buckets < dim:
-        raise ValueError(f"out={out!r}, dim={dim}, length={length}, buckets={buckets}: give the folder to write as --out, and at least 1 "
-                         "latent, 1 character and as many buckets as latents")
+    if not out or buckets < dim:
+        raise ValueError(f"out={out!r}, dim={dim}, buckets={buckets}: give the folder to write as --out, and as many buckets as latents")
     os.makedirs(out, exist_ok=True)
     if not data_path:
         data_path = str(Path(out, "text.txt"))
@@ -911,8 +1039,8 @@ def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_shar
 def project(data_path="", out="", dim=32):
     """Vectors of many dimensions (a text embedder's 1024) in this layout -> the same texts with `dim` principal components of them in folder
     `out`. The components are fitted on the training split alone."""
-    if not out or dim < 1 or os.path.realpath(out or ".") == os.path.realpath(data_path):
-        raise ValueError(f"data_path={data_path!r}, out={out!r}, dim={dim}: give the folder to read, another one to write as --out, and at least 1")
+    if not out or os.path.realpath(out) == os.path.realpath(data_path):
+        raise ValueError(f"data_path={data_path!r}, out={out!r}: give the folder to read, and another one to write as --out")
     chunks = {split: lambda split=split: (read_vectors(data_path, part)[:2] for part in in_chunks(read_entries(data_path, split)))
               for split in PAIRS}
     projection = fit_projection((x for _, x in tqdm(chunks["train"](), desc="components", unit="chunk")), dim)
@@ -926,8 +1054,6 @@ def project(data_path="", out="", dim=32):
 def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=True):
     """The texts of a folder in this layout -> token files beside them (at most max_length tokens of each). Nothing is downloaded unless
     local_files_only=0 allows it, and then only a vocabulary that is not on the machine."""
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length} is not allowed: give at least 1")
     if tokenizer == "gpt2" and not local_files_only:
         download("gpt2")
     texts = {split: [entry["text"] for entry in read_entries(data_path, split)] for split in PAIRS}
@@ -937,7 +1063,8 @@ def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=Tr
         folder = Path(data_path, split)
         folder.mkdir(exist_ok=True)
         for old in folder.glob("*.npz"):
-            old.unlink()
+            if re.fullmatch(r"\d{6}\.npz", old.name):                       # what this command writes, nothing else
+                old.unlink()
         for i, part in enumerate(in_chunks(tqdm(mine, desc=f"{split} tokens", unit="text"))):
             rows = [tok.encode(text)[:max_length] for text in part]
             ids, mask = np.zeros((len(rows), max_length), np.uint32), np.zeros((len(rows), max_length), bool)
@@ -952,14 +1079,16 @@ def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=Tr
 def read_entries(folder, split):
     """The entries of DIR/SPLIT_data.json, a list of {"text": ..., "latent_path": ...}."""
     file = Path(folder, f"{split}_data.json")
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes such a folder") from None
-    except ValueError as e:
-        raise ValueError(f"{file} is no JSON ({e})") from None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("text"), str) for e in entries):
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes such a folder")
+    with reading(file, "make it again"):
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+    good = lambda e: isinstance(e, dict) and isinstance(e.get("text"), str) and isinstance(e.get("latent_path") or "", str)
+    if not isinstance(entries, list) or not all(map(good, entries)):
         raise ValueError(f'{file} must be a list of entries such as {{"text": "...", "latent_path": "latents/{split}/000000.npy"}}')
+    for name in filter(None, (e.get("latent_path") for e in entries)):
+        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+            raise ValueError(f"{file}: latent_path={name!r} leaves the folder: give paths below {folder}")
     return entries
 
 
@@ -996,13 +1125,14 @@ def train_bpe(data_path="", vocab_size=4096, out=""):
     print(f"{out}: {bpe.get_vocab_size()} tokens; try: python train.py --data_path={data_path} --tokenizer=bpe:{out}")
 
 
-DOWNLOADS = {   # name -> address, hash and size of the text
-    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                    "sha256", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
-    "text8": ("http://mattmahoney.net/dc/text8.zip", "md5", "3bea1919949baf155f99411df5fada7e", 100_000_000)}
+DOWNLOADS = {   # name -> address, size and sha256 of what is fetched, size of the text
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 1_115_394,
+                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
+    "text8": ("https://mattmahoney.net/dc/text8.zip", 31_344_016,
+              "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232", 100_000_000)}
 
 
-def download(name, out=""):
+def download(name="", out=""):
     """Fetch a text, check it, and write it to `out` (NAME.txt); or gpt2, the vocabulary, to tiktoken's cache."""
     if name == "gpt2":
         try:
@@ -1011,54 +1141,70 @@ def download(name, out=""):
             raise ValueError(f"cannot fetch the gpt2 vocabulary ({type(e).__name__}): is there a network?") from None
     if name not in DOWNLOADS:
         raise ValueError(f"download {name!r} is unknown: choose one of {', '.join([*DOWNLOADS, 'gpt2'])}")
-    address, kind, digest, size = DOWNLOADS[name]
-    out = out or f"{name}.txt"
+    address, size, digest, text_size = DOWNLOADS[name]
+    out, got = out or f"{name}.txt", bytearray()
     try:
-        with urllib.request.urlopen(address, timeout=30) as r, open(f"{out}.tmp", "wb") as f, tqdm(
-                total=int(r.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=name) as bar:
-            while block := r.read(1 << 16):
-                f.write(block)
+        with urllib.request.urlopen(address, timeout=30) as r, tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
+            while len(got) <= size and (block := r.read(1 << 16)):
+                got += block
                 bar.update(len(block))
     except OSError as e:
         raise ValueError(f"cannot fetch {address} ({getattr(e, 'reason', e)}): is there a network? Or fetch it elsewhere") from None
-    raw = Path(f"{out}.tmp").read_bytes()
-    if zipfile.is_zipfile(f"{out}.tmp"):
-        with zipfile.ZipFile(f"{out}.tmp") as z:
-            raw = z.read(z.namelist()[0])
-    if len(raw) != size or hashlib.new(kind, raw).hexdigest() != digest:
-        raise ValueError(f"{address} gave {len(raw)} bytes, not the {size} with the {kind} expected: see {out}.tmp, and try again later")
-    replace_file(out, raw)
-    print(f"{out}: {size:,} bytes, {kind} as expected; try: python train.py --data_path={out}")
+    if len(got) != size or hashlib.sha256(got).hexdigest() != digest:
+        raise ValueError(f"{address} gave {len(got)} bytes{' or more' * (len(got) > size)}, not the {size} with the sha256 expected: "
+                         "try again later")
+    text = bytes(got)
+    if zipfile.is_zipfile(io.BytesIO(text)):
+        with zipfile.ZipFile(io.BytesIO(text)) as z, z.open(z.namelist()[0]) as f:
+            text = f.read(text_size + 1)
+    if len(text) != text_size:
+        raise ValueError(f"{address} unpacks to {len(text)} bytes, not {text_size}: try again later")
+    replace_file(out, text)
+    print(f"{out}: {text_size:,} bytes, sha256 as expected; try: python train.py --data_path={out}")
 
 
 COMMANDS = {"prepare": prepare, "train-bpe": train_bpe, "latents": latents, "project": project, "tokenize": tokenize,
             "download": download}
 
 
-class OneLine(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; see `python {self.prog} --help`")
+OPTIONS = {   # of the commands: what each means, numbers with the values they may have
+    "data_path": "the text, a file or a folder; project, tokenize: a folder of texts with latents", "out": "the file or folder to write",
+    "tokenizer": "byte | char | gpt2 | rwkv | rwkv:FILE | bpe:FILE", "val_share": "[0, 1) share of the text that is held out, its end",
+    "shard_tokens": "[1, 1e12] tokens in a file", "pattern": "names of the files of a folder that are read, several separated by commas",
+    "vocab_size": "[257, 1e7] tokens: the bytes, the end of text, and what is learned", "dim": "[1, 1e6] numbers in a latent",
+    "length": "[1, 1e7] characters in a text", "buckets": "[1, 1e7] features of a text before the projection",
+    "max_length": "[1, 1e7] tokens of a text that are kept", "local_files_only": "0: a vocabulary may be downloaded",
+    "name": "shakespeare | text8 | gpt2"}
+
+
+def command(argv):
+    """Run a command line, `COMMAND [--key=value ...]`."""
+    if argv[:1] in (["-h"], ["--help"]):
+        return print(f"{__doc__}\npython data.py COMMAND --help lists the options of {', '.join(COMMANDS)}")
+    if not argv:
+        raise SettingError(f"no command: choose one of {', '.join(COMMANDS)}; see python data.py --help")
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        raise SettingError(f"unknown command {name!r}: " + (f"did you mean {near!r}? " if near else "")
+                           + f"choose one of {', '.join(COMMANDS)}")
+    call = COMMANDS[name]
+    rows = {key: (p.default, OPTIONS[key]) for key, p in inspect.signature(call).parameters.items()}
+    if "name" in rows and rest and not rest[0].startswith("-"):             # download shakespeare
+        rest[0] = f"--name={rest[0]}"
+    if "-h" in rest or "--help" in rest:
+        print(f"python data.py {name}: {inspect.cleandoc(call.__doc__)}\n")
+    ours = {key: os.environ[key] for key in ("DATA_PATH", "TOKENIZER") if key in os.environ}
+    call(**configure(rows, argv=rest, env=ours, show=False).as_dict())
 
 
 def main(argv):
     """A command line -> exit code: 0, or 2 after one line for what a user can cause."""
-    parser = OneLine("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}", parser_class=OneLine)
-    for name, call in COMMANDS.items():
-        row = rows.add_parser(name, help=call.__doc__.splitlines()[0], description=call.__doc__, allow_abbrev=False)
-        for p in inspect.signature(call).parameters.values():
-            if p.default is p.empty:
-                row.add_argument(p.name)
-            else:
-                names = dict.fromkeys((f"--{p.name}", f"--{p.name.replace('_', '-')}"))
-                row.add_argument(*names, type=type(p.default), default=p.default, help=f"default {p.default!r}")
     try:
-        options = vars(parser.parse_args(argv))
-        COMMANDS[options.pop("command")](**options)
-    except (ValueError, OSError) as e:
-        known = isinstance(e, OSError) and e.filename and e.strerror
-        print("error:", f"{e.filename}: {e.strerror}" if known else " ".join(str(e).split()), file=sys.stderr)
-        return 2
+        with one_line_errors("what is finished is kept; the same command goes on or starts again"):
+            command(argv)
+    except SystemExit as end:
+        return end.code or 0
     return 0
 
 

@@ -19,24 +19,24 @@ class DiffusionConfig:
     objective: str = ""             # what is noised and how it is weighted; empty = task for a task, masked_mean for text
     schedule: str = "linear"        # masks: masking rate m(t)
     mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training; the bound is that of independent ones
-    mask_span: int = 8              # mask_policy=spans: mean length of a run, tokens
+    mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
-    noise_shift: float = 6.0        # gaussian: at each t the signal's amplitude is this much weaker against the noise
-    diffusion_steps: int = 1000     # gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
+    noise_shift: float = 6.0        # (0, 1e6] gaussian: at each t the signal's amplitude is this much weaker against the noise
+    diffusion_steps: int = 1000     # [0, 1e9] gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE of the prediction; mixed = and token_loss_weight * cross-entropy; tokens = that alone
-    token_loss_weight: float = 1.0  # gaussian: of the cross-entropy of the predicted x_0 against the embeddings
-    drop_given: float = 0.1         # gaussian, latents: share of rows without their condition, so that guidance has something to compare with
-    noise_levels: str = "1"         # gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
-    latent_noise_shift: float = 1.0  # latents: as noise_shift; their schedule, steps and prediction are those of the Gaussian settings
-    text_loss_weight: float = 1.0   # latents: of the text's cross-entropy
-    latent_loss_weight: float = 1.0  # latents: of the latent's MSE
+    token_loss_weight: float = 1.0  # [0, 1e6] gaussian: of the cross-entropy of the predicted x_0 against the embeddings
+    drop_given: float = 0.1         # [0, 1] gaussian, latents: share of rows without their condition, so that guidance has something to compare with
+    noise_levels: tuple = (1.0,)    # (0, 1] gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
+    latent_noise_shift: float = 1.0  # (0, 1e6] latents: as noise_shift; their schedule, steps and prediction are those of the Gaussian settings
+    text_loss_weight: float = 1.0   # [0, 1e6] latents: of the text's cross-entropy
+    latent_loss_weight: float = 1.0  # [0, 1e6] latents: of the latent's MSE
     sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, one after the other, over and over
-    mode_weights: str = ""          # ... a factor on the loss of each of them, as 1,1,0.5; empty = 1 each
-    kl_weight: float = 1.0          # stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
-    kl_warmup: int = 0              # ... steps over which it rises from 0
-    free_bits: float = 0.5          # ... nats of KL a text that each dimension has for nothing: without them z is soon ignored
-    geom_weight: float = 0.0        # ... of the distances: those between latents should follow those between texts
+    mode_weights: tuple = (1.0,)    # [0, 1e6] ... a factor on the loss of each of them, as 1,1,0.5; one = the same for all
+    kl_weight: float = 1.0          # [0, 1e6] stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
+    kl_warmup: int = 0              # [0, 1e12] ... steps over which it rises from 0
+    free_bits: float = 0.5          # [0, 1e6] ... nats of KL a text that each dimension has for nothing: without them z is soon ignored
+    geom_weight: float = 0.0        # [0, 1e6] ... of the distances: those between latents should follow those between texts
 
 
 def trained_with(config):
@@ -131,7 +131,8 @@ def block_elbo(maskable, t, noise, cfg, n):
     """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8), a noise level for each block; a tenth of the
     blocks is fully masked, as every block is when its denoising starts."""
     T = maskable.shape[1]
-    u = (t[:, None] + torch.arange(-(-T // n)) * (5**0.5 - 1) / 2) % 1          # well spread over a row's blocks, too
+    golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2    # well spread over a row's blocks, too
+    u = ((t[:, None] + golden) % 1).float()
     t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3)).repeat_interleave(n, 1)[:, :T]
     return elbo(maskable, t, noise, cfg, n)
 
@@ -515,14 +516,13 @@ def read_schedule(cfg):
     """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or other numbers of weights."""
     parts = [part.split(":") for part in cfg.sequential_schedule.split(",")]
     for part in parts:
-        if len(part) != 2 or part[0] not in COUPLINGS or part[0].startswith("stage2") or not part[1].isdigit() or not int(part[1]):
+        if len(part) != 2 or part[0] not in COUPLINGS or part[0].startswith("stage2") or not part[1].isdecimal() \
+                or not 0 < int(part[1]) < 10**12:
             raise ValueError(f"sequential_schedule: {':'.join(part)!r} is not allowed: give MODE:STEPS, as stage1_coupling:2,l2t:1,t2l:1")
-    try:
-        weights = [float(w) for w in cfg.mode_weights.split(",")] if cfg.mode_weights else [1.0] * len(parts)
-    except ValueError:
-        weights = []
-    if len(weights) != len(parts) or min(weights) < 0:
-        raise ValueError(f"mode_weights={cfg.mode_weights!r}: give a number for each of the {len(parts)} parts of sequential_schedule")
+    weights = cfg.mode_weights if len(cfg.mode_weights) > 1 else cfg.mode_weights * len(parts)
+    if len(weights) != len(parts):
+        raise ValueError(f"mode_weights={cfg.mode_weights}: give one number, or one for each of the {len(parts)} parts of "
+                         "sequential_schedule")
     return [(mode, int(steps), weight) for (mode, steps), weight in zip(parts, weights)]
 
 
@@ -573,7 +573,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
         nats = torch.cat([summed(net(a, latent=c, lengths=given(m)).logits, b, w)
                           for a, b, c, w, m in parts(seen, x, latent, weight, real.to(x.device))])
-        found |= {f"text_nats{name}": nats.mean().item(), f"text_nats{name}_se": (nats.std() / B**0.5).item()}
+        found |= {f"text_nats{name}": nats.mean().item(), f"text_nats{name}_se": (nats.std() / B**0.5).item() if B > 1 else None}
     return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
 
 
@@ -658,7 +658,7 @@ def decode(rule, denoise, x, known, mask_id, generator, steps=0, threshold=0.95,
     calls, call = steps or int(first.max()), 0
     while masked.any():
         token, sure = draw(denoise(x).logits, temperature, top_k, top_p, generator)
-        after = first - (first * (call + 1) / calls).ceil().long()           # what may still be masked after this call
+        after = first + (-first * (call + 1)).div(calls, rounding_mode="floor")    # what may still be masked after it
         pace = (masked.sum(1) - after.clamp_min(0)).clamp_min(1)
         fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
         x, masked, call = torch.where(fresh, token, x), masked & ~fresh, call + 1

@@ -7,7 +7,8 @@ import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass, replace
+import zipfile
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -15,29 +16,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from configurator import UserError, short, written
 from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
 
 @dataclass
 class ModelConfig:
-    n_layer: int = 4                # L, blocks
-    n_embd: int = 128               # C, channels
-    head_size: int = 32             # N, 16 | 32 | 64 | 128
-    vocab_size: int = 0             # V, real tokens (the mask is one row more); 0 = what the data has
+    n_layer: int = 4                # [1, 10000] L, blocks
+    n_embd: int = 128               # [16, 1e6] C, channels
+    head_size: int = 32             # [16, 128] N, 16 | 32 | 64 | 128
+    vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = what the data has
     mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; several, as in rwkv7,rwkv7,attention, take turns over the depth
     direction: str = ""             # who sees whom: causal | bidirectional | block; empty = what the mixer does by itself
-    block_size: int = 32            # n, tokens in a block
+    block_size: int = 32            # [1, 1e7] n, tokens in a block
     fusion: str = "add"             # how the forward and the backward scan become one
     tie_directions: bool = False    # both scans use the same projections
     copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy of the forward one
     time_cond: str = "none"         # how the noise level enters each block
-    time_dim: int = 128             # width of its sinusoidal embedding
-    time_inputs: int = 1            # noise levels: 1 = the text's, 2 = also a latent's
+    time_dim: int = 128             # [2, 65536] width of its sinusoidal embedding
+    time_inputs: int = 1            # [1, 2] noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
     self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
     predict: str = "same"           # a token is predicted where it stands, or where the one before it stands, as AR networks learned to
-    latent_dim: int = 0             # D, numbers in a latent; 0 = what the data has, without latents none
-    latent_prefix_len: int = 4      # P, prefix tokens a latent enters as
+    latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = what the data has, without latents none
+    latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens a latent enters as
     latent_pred_from: str = "both"  # what a latent is predicted from: the text's outputs, the prefix's, or both
     latent_encoder: str = "none"    # Stage II: q(z|x) from the mean of the text's outputs (mlp) or from the layers' final states (rwkv_pool)
     latent_prior: str = "fixed"     # Stage II: p(z), N(0, 1) or learned mean and variance
@@ -46,15 +48,15 @@ class ModelConfig:
     ffn_shift: str = "before"       # token shift in the channel mix: none; before = from the token before; both, wide = from one, two on each side
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
-    dw_jrt_scale: float = 3.0       # factor on the seed
-    dw_jrt_alpha_init: float = -1.0  # gate and leak open with sigmoid(alpha), one alpha a layer and head
-    dw_jrt_layer_start: int = 1     # first layer that is seeded (layer 0 has none below it)
-    logit_cap: float = 0.0          # logits = cap * tanh(logits / cap); 0 = no cap
-    dim_ffn: int = 0                # width of the channel mix; 0 = 4 C
-    rank_w: int = 0                 # rank of the decay's low-rank path; 0 = RWKV-LM's rule (so for the next three)
-    rank_a: int = 0                 # ... of the in-context learning rate's
-    rank_v: int = 0                 # ... of the value residual's
-    rank_g: int = 0                 # ... of the gate's
+    dw_jrt_scale: float = 3.0       # [-1e6, 1e6] factor on the seed
+    dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), one alpha a layer and head
+    dw_jrt_layer_start: int = 1     # [0, 10000] first layer that is seeded (layer 0 has none below it)
+    logit_cap: float = 0.0          # [0, 1e6] logits = cap * tanh(logits / cap); 0 = no cap
+    dim_ffn: int = 0                # [0, 1e7] width of the channel mix; 0 = 4 C
+    rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule (so for the next three)
+    rank_a: int = 0                 # [0, 1e6] ... of the in-context learning rate's
+    rank_v: int = 0                 # [0, 1e6] ... of the value residual's
+    rank_g: int = 0                 # [0, 1e6] ... of the gate's
 
 
 class LayerState(NamedTuple):
@@ -662,6 +664,9 @@ class Denoiser(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         check_config(cfg)
+        if torch.get_default_device().type == "cpu":
+            need = weight_bytes(cfg)
+            in_memory(need, f"a network of n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}")
         self.cfg, self.mask_id = cfg, cfg.vocab_size
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
         wants_time = cfg.time_cond != "none" or any(hasattr(TIME_MIXERS[m], "wants_time") for m in pattern(cfg))
@@ -795,6 +800,24 @@ def check_config(cfg):
         raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: choose dw_jrt_inject=gate for direction=block")
 
 
+def weight_bytes(cfg):
+    """At least what the weights take in memory, bytes, before anything is built."""
+    C, L = cfg.n_embd, cfg.n_layer
+    ranks = 2 * C * (cfg.rank_w + cfg.rank_a + cfg.rank_g) * ("rwkv7" in cfg.mixer)
+    return 4 * (L * (4 * C * C + 2 * C * (cfg.dim_ffn or 4 * C) + ranks) + cfg.vocab_size * C * (2 - cfg.tie_embeddings)
+                + cfg.latent_dim * cfg.latent_prefix_len * C)
+
+
+def in_memory(need, what):
+    """ValueError if `need` bytes are more than this machine has."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):      # a system that does not say
+        return
+    if need > have:
+        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, this machine has {have / 2**30:.1f}: choose smaller sizes")
+
+
 # ---- initialisation and parameter kinds: RWKV-LM's RWKV-v7/train_temp ----
 
 def head_gain(cfg):
@@ -877,24 +900,28 @@ def parameter_kinds(model):
 # ---- checkpoints: plain tensors and dicts, written whole or not at all ----
 
 def save_checkpoint(path, content):
-    """Atomic: a temporary file beside it, flushed to disk, then renamed. OSError if the folder cannot be written."""
+    """Written whole or not at all (configurator.written). UserError if the folder cannot be written."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "wb") as f:
+    with written(path) as f:
         torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def load_checkpoint(path):
-    """A file of tensors -> dict on the CPU. ValueError in one line if it is missing, truncated or no such file."""
+    """A file of tensors -> dict on the CPU. ValueError in one line if it is missing, truncated or not such a file. Its claims of
+    size are compared with the file before memory is taken."""
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path} does not exist: train first, or give the path of a .pt or .pth file")
+    size = os.path.getsize(path)
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as z:
+                    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in z.infolist()):
+                        raise ValueError("it is compressed")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth file") from None
     except pickle.UnpicklingError as e:
@@ -903,7 +930,62 @@ def load_checkpoint(path):
         raise ValueError(f"checkpoint {path} cannot be read ({' '.join(str(e).split())[:80]}): it is truncated or no checkpoint") from None
     if not isinstance(content, dict) or not any(isinstance(v, (Tensor, dict)) for v in content.values()):
         raise ValueError(f"checkpoint {path} holds no weights: give a checkpoint of train.py or an official RWKV-7 .pth")
+    if "model_config" not in content:
+        content = unwrapped(content)
+    own = "model_config" in content
+    parts = [content[key] for key in ("model", "averaged") if key in content] if own else [content]
+    for part in parts if own or all(isinstance(x, Tensor) for x in content.values()) else ():
+        check_weights(part, size, path)
+    for key, kind in dict(model_config=dict, step=int, config=dict, tokenizer=dict, optimizers=list).items() if own else ():
+        if not isinstance(content.get(key, kind()), kind) or key == "step" and not 0 <= content.get(key, 0) < 2**63:
+            raise ValueError(f"checkpoint {path} has a {key} that cannot be: it is damaged")
+    if own and "model" not in content:
+        raise ValueError(f"checkpoint {path} holds no weights: it is damaged")
     return content
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
+
+
+def unwrapped(content):
+    """The weights in another trainer's file, under their own names."""
+    while inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None):
+        content = inner
+    while prefix := next((p for p in PREFIXES if content and all(str(name).startswith(p) for name in content)), None):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
+
+
+def check_weights(weights, size, path):
+    """ValueError unless `weights` are plain dense tensors, together no larger than the file of `size` bytes."""
+    plain = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+    odd = next((name for name, x in weights.items() if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_quantized
+                or x.is_complex() or x.device.type == "meta"), None) if plain else None
+    if not plain or odd:
+        what = f"{odd} is {type(weights[odd]).__name__}, " if odd else ""
+        raise ValueError(f"checkpoint {path} must map names to plain dense tensors ({what}sparse and quantised ones are not read): "
+                         "give a checkpoint of train.py or an official RWKV-7 .pth")
+    if (claim := sum(x.numel() * x.element_size() for x in weights.values())) > size:
+        raise ValueError(f"checkpoint {path} claims tensors of {claim:,} bytes, the file has {size:,}: it is damaged")
+
+
+def own_config(content, path):
+    """ModelConfig of a checkpoint of train.py. ValueError for fields of a newer version, for values of another type, and for
+    sizes that are not those of its weights."""
+    known, given, weights = {f.name: f.default for f in fields(ModelConfig)}, content["model_config"], content["model"]
+    if newer := [str(key) for key in given if key not in known]:
+        raise ValueError(f"checkpoint {path} was written by another version of this code, which has {', '.join(newer[:4])}: use that one")
+    if wrong := [f"{key}={short(value)}" for key, value in given.items() if type(value) is not type(known[key])
+                 and not (type(value) is int and type(known[key]) is float)]:
+        raise ValueError(f"checkpoint {path} is damaged: its model_config has {', '.join(wrong[:4])}")
+    cfg = ModelConfig(**given)
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
+    table = tuple(weights["emb.weight"].shape) if "emb.weight" in weights else ()
+    if blocks != set(map(str, range(len(blocks)))) or len(blocks) != cfg.n_layer or table != (cfg.vocab_size + 1, cfg.n_embd):
+        raise ValueError(f"checkpoint {path} is damaged: it says n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, "
+                         f"its weights are {len(blocks)} blocks and an embedding of {table}")
+    return cfg
 
 
 OFFICIAL = ("emb.weight", "head.weight", "ln_out.weight", "blocks.0.ln0.weight", "blocks.0.att.r_k", "blocks.0.att.w1",
@@ -914,9 +996,15 @@ def official_config(weights, path, **overrides):
     """ModelConfig of an official RWKV-7 state dict, read from its shapes. ValueError names the keys that are missing."""
     if missing := [k for k in OFFICIAL if k not in weights]:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: it lacks {', '.join(missing)}")
+    check_weights(weights, math.inf, path)
     shape = lambda key: weights[key].squeeze().shape
+    blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
+    flat = [k for k in OFFICIAL if len(shape(k)) != 1 + (k not in ("ln_out.weight", "blocks.0.ln0.weight"))]
+    if flat or blocks != set(map(str, range(len(blocks)))):
+        raise ValueError(f"{path} is not RWKV-7 weights: " + (f"{flat[0]} has shape {tuple(weights[flat[0]].shape)}" if flat else
+                                                             f"blocks are missing between 0 and {max(blocks, key=len)[:12]}"))
     (V, C), (_, N), v1 = shape("emb.weight"), shape("blocks.0.att.r_k"), weights.get("blocks.1.att.v1")
-    own = dict(n_layer=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), n_embd=C, head_size=N,
+    own = dict(n_layer=len(blocks), n_embd=C, head_size=N,
                vocab_size=V, dim_ffn=shape("blocks.0.ffn.key.weight")[0], rank_w=shape("blocks.0.att.w1")[1],
                rank_a=shape("blocks.0.att.a1")[1], rank_g=shape("blocks.0.att.g1")[1], rank_v=0 if v1 is None else v1.squeeze().shape[1])
     if clash := [f"{k}={overrides[k]} (the file has {v})" for k, v in own.items() if overrides.get(k, v) not in (v, 0)]:
@@ -931,8 +1019,8 @@ def from_pretrained(path, content=None, /, **overrides):
     for a file that is missing, truncated, foreign, or of another shape. content: what load_checkpoint gave for the path already.
     """
     content = load_checkpoint(path) if content is None else content
-    if "model" in content:
-        cfg, weights = ModelConfig(**content["model_config"]), content["model"]
+    if "model_config" in content:
+        cfg, weights = own_config(content, path), content["model"]
         if "averaged" in content:              # what was evaluated while training
             weights = {k.removeprefix("module."): v for k, v in content["averaged"].items() if k != "n_averaged"}
         if clash := [f"{k}={v} (the checkpoint has {getattr(cfg, k)})" for k, v in overrides.items()
@@ -941,7 +1029,7 @@ def from_pretrained(path, content=None, /, **overrides):
         cfg = replace(cfg, **{k: v for k, v in overrides.items() if k not in SHAPES})
         model = Denoiser(cfg)
     else:
-        weights = {k.removeprefix("_orig_mod."): v for k, v in content.items()}
+        weights = dict(content)
         model = Denoiser(official_config(weights, path, **overrides))
         mask_row = model.emb.weight.detach()[-1:]
         weights["emb.weight"] = torch.cat([weights["emb.weight"].squeeze().to(mask_row), mask_row])
@@ -985,6 +1073,19 @@ def fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{what}_supported", bool)() for what in ("avx512_bf16", "amx_tile"))
+
+
+def open_device(name, local=0):
+    """auto | cpu | cuda | cuda:1 | mps -> torch.device; `local`: which GPU "cuda" is. ValueError if it is not there."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        torch.zeros(1, device=device).cpu()
+        return device
+    except Exception as e:                 # what a build of torch without it, a driver or a wrong name can raise
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"device={name} cannot be used here ({said[:100]}): there is {there}") from None
 
 
 def tune_cpu():

@@ -3,12 +3,13 @@
     python sample.py --ckpt=out/ckpt.pt                                    a task's checkpoint: answers to evaluation rows
     python sample.py --ckpt=out/ckpt.pt --prompt="ROMEO:" --length=200     text after a prompt
     python sample.py --ckpt=out/ckpt.pt --prompt="To be" --suffix="be."    text between the two
-    python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token
+    python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token (--hole chooses another sign)
     python sample.py --ckpt=out/ckpt.pt --mode=l2t --latent=file.npy       text from latents (of a network trained on texts with latents)
     python sample.py --ckpt=out/ckpt.pt --mode=t2l --text="To be"          a latent from text, written to latent.npy
     python sample.py --ckpt=out/ckpt.pt --mode=joint                       both from nothing (stage2: z from the prior, then text)
     ... --watch=1 shows the denoising step by step
 """
+import itertools
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ import diffusion
 import model as nets
 import tasks
 import wkv_cuda
-from configurator import configure, one_line_errors
+from configurator import configure, one_line_errors, reading, written
 
 # ---- settings ----
 ckpt = "out/ckpt.pt"        # checkpoint of train.py
@@ -29,25 +30,26 @@ prompt = ""                 # text to go on from
 prompt_file = ""            # a file with a prompt a line, of any lengths: all are continued in one batch
 suffix = ""                 # text that must follow what is generated
 text = ""                   # text with a _ for each token to fill in
+hole = "_"                  # the sign of a hole in text: another one where the text itself has _
 mode = ""                   # with latents: l2t | t2l | joint | stage2; empty = what is given tells
 latent = ""                 # l2t: a .npy file of a latent (D,) or several (n,D), or of the vectors that latents were projected from
-lead = 1.0                  # joint: 1 = the latent first, 0 = both at one pace
+lead = 1.0                  # [0, 1] joint: 1 = the latent first, 0 = both at one pace
 out = ""                    # t2l, joint and stage2: the .npy file to write latents to; empty = latent.npy for t2l, none for others
-length = 0                  # tokens to generate after a prompt; 0 = what fits the length trained on
-num_samples = 3             # samples of each prompt, all in one batch
+length = 0                  # [0, 1e7] tokens to generate after a prompt; 0 = what fits the length trained on
+num_samples = 3             # [1, 1e6] samples of each prompt, all in one batch
 sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others (with latents: first_hitting)
-steps = 0                   # denoiser calls (block: of each block); 0 = as many as the sampler asks for, at most one a token; ddpm, ddim: 50
-threshold = 0.9             # confidence: a draw at least this probable is kept
-temperature = 1.0           # 0 = always the likeliest token
-top_k = 0                   # draw from the k likeliest tokens; 0 = from all
-top_p = 1.0                 # draw from the likeliest tokens that hold this much probability
-guidance = 1.0              # uncond + guidance (cond - uncond), uncond not seeing the given text; 1 = none
-eta = 0.0                   # ddim: 0 = deterministic, 1 = as random as ddpm
+steps = 0                   # [0, 1e6] denoiser calls (block: of each block); 0 = what the sampler asks for, at most one a token; ddpm, ddim: 50
+threshold = 0.9             # [0, 1] confidence: a draw at least this probable is kept
+temperature = 1.0           # [0, 1e6] 0 = always the likeliest token
+top_k = 0                   # [0, 1e8] draw from the k likeliest tokens; 0 = from all
+top_p = 1.0                 # (0, 1] draw from the likeliest tokens that hold this much probability
+guidance = 1.0              # [-1000, 1000] uncond + guidance (cond - uncond), uncond not seeing the given text; 1 = none
+eta = 0.0                   # [0, 1] ddim: 0 = deterministic, 1 = as random as ddpm
 clamp = False               # ddpm, ddim: every estimate goes to its nearest embeddings
-block_size = 0              # sampler=block: tokens of a block; 0 = as trained
-seed = 1337                 # of the draws, and of a task's rows
+block_size = 0              # [0, 1e7] sampler=block: tokens of a block; 0 = as trained
+seed = 1337                 # [0, 9e18] of the draws, and of a task's rows
 watch = False               # show each step in the terminal
-watch_delay = 0.1           # seconds a step stays on the screen
+watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 
@@ -113,21 +115,38 @@ def fill(model, tokenizer, x, known, name, layout, lengths=None, diff=None):
     return y
 
 
+def body(tokenizer, ids, was, mask_id):
+    """A row as text; in a terminal with what was generated in green, and without control characters."""
+    if not sys.stdout.isatty():
+        return tokenizer.decode(ids)
+    runs = itertools.groupby(zip(ids, was), lambda pair: pair[1] == mask_id)
+    return "".join(paint(data.visible(tokenizer.decode([i for i, _ in run])), NEW if new else "") for new, run in runs)
+
+
+def settings_of(config):
+    """The settings a checkpoint was trained with, a dict -> all that matter here. SettingError for one that cannot be."""
+    groups = nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), {"seq_len": (128, "[1, 1e7]")}
+    return configure(*groups, argv=[], env={}, show=False, choices=nets.CHOICES | diffusion.CHOICES,
+                     adjust=lambda cfg: cfg.adopt(config, (), ckpt)).as_dict()
+
+
 def prompts_of_file():
-    with open(prompt_file, encoding="utf-8") as f:
-        return f.read().splitlines()
+    lines = data.read_text(prompt_file)[1].split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def rows_of_text(tokenizer, mask_id, T):
     """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full."""
     encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
-    hole = lambda n: torch.full((n,), mask_id)
+    masks = lambda n: torch.full((n,), mask_id)
     if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
         raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may hold a prompt before its holes")
-    if text and "_" not in text:
-        raise ValueError(f"--text={text!r} has no hole: write a _ for each token to fill in")
+    if len(hole) != 1:
+        raise ValueError(f"hole={hole!r} is not allowed: give one character")
+    if text and hole not in text:
+        raise ValueError(f"--text={text!r} has no hole: write a {hole} for each token to fill in")
     if text:
-        rows = [torch.cat([torch.cat([encode(piece), hole(1)]) for piece in text.split("_")])[:-1]]
+        rows = [torch.cat([torch.cat([encode(piece), masks(1)]) for piece in text.split(hole)])[:-1]]
     else:
         prompts = [prompt]
         if prompt_file:
@@ -135,7 +154,7 @@ def rows_of_text(tokenizer, mask_id, T):
             if not prompts:
                 raise ValueError(f"prompt_file={prompt_file} is empty: write a prompt a line")
         ends = encode(suffix)
-        rows = [torch.cat([start := encode(p), hole(length or max(1, T - len(start) - len(ends))), ends]) for p in prompts]
+        rows = [torch.cat([start := encode(p), masks(length or max(1, T - len(start) - len(ends))), ends]) for p in prompts]
     rows = [row for row in rows for _ in range(num_samples)]
     lengths = torch.tensor([len(row) for row in rows])
     x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
@@ -193,13 +212,13 @@ def with_latents(model, tokenizer, saved, T):
     else:
         x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, rule, eta, **texts)
     if asked != "t2l":
-        for row in x.cpu():
-            print("---\n" + tokenizer.decode(row.tolist()))
+        for row in x.cpu().tolist():
+            print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
     path = out or "latent.npy" * (asked == "t2l")
     print(f"{len(z)} {'latents' if asked == 't2l' else 'texts'} in {time.perf_counter() - begun:.1f} s ({asked})"
           + (f", latents {tuple(z.shape)} in {path}" if path else ""))
     if path:
-        with open(path, "wb") as f:
+        with written(path) as f:
             np.save(f, z.cpu().float().numpy())
 
 
@@ -207,14 +226,17 @@ def with_latents(model, tokenizer, saved, T):
 def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
     nets.tune_cpu()
-    dev = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    dev = nets.open_device(device)
     saved = nets.load_checkpoint(ckpt)
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
-    if num_samples < 1 or min(length, steps, block_size, top_k) < 0 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("num_samples must be at least 1; length, steps, block_size, top_k and temperature at least 0; top_p in (0, 1]")
-    model, tokenizer = nets.from_pretrained(ckpt, saved).to(dev).eval(), data.Tokenizer(**saved["tokenizer"])
-    train_keys = saved["config"]
+    train_keys = settings_of(saved["config"])
+    rows, T = num_samples * (len(prompts_of_file()) if prompt_file else 1), length or train_keys["seq_len"]
+    nets.in_memory(8 * rows * T * max(1, saved["model_config"].get("vocab_size", 1)), f"num_samples={num_samples}, length={length}")
+    with reading(ckpt, "its tokenizer is damaged"):
+        tokenizer = data.Tokenizer(**saved["tokenizer"])
+    model = nets.from_pretrained(ckpt, saved).to(dev).eval()
+    saved["config"] = train_keys
     task, trained = tasks.chosen(train_keys), train_keys.get("objective") or "masked_mean"
     fits = diffusion.OBJECTIVES[trained].sampler
     name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
@@ -222,6 +244,8 @@ def main(cfg):
     diff = diffusion.trained_with(train_keys) if gaussian(fits) else None
     if (name == "ar") != (fits == "ar") or gaussian(name) != gaussian(fits):
         raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
+    if guidance != 1 and name in ("block", "ar"):
+        raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a state: leave it at 1")
     if task and not (prompt or suffix or prompt_file or text):
         source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
         x, masked, lengths = source.eval_rows(num_samples, seed)
@@ -243,12 +267,10 @@ def main(cfg):
     for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
         ids, eot = row[:n].tolist(), tokenizer.eot_id
         ids = ids[:ids.index(eot) + 1] if eot in ids else ids                  # the text ends where it says so
-        body = tokenizer.decode(ids) if not sys.stdout.isatty() else "".join(
-            paint(c, "" if i != model.mask_id else NEW) for c, i in zip(tokenizer.characters(ids), was.tolist())).replace("⏎", "\n")
-        print("---\n" + body)
+        print("---\n" + body(tokenizer, ids, was.tolist(), model.mask_id))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(configure(globals(), show=False, families=("WKV_*",), choices=dict(
+        main(configure(globals(), show=False, families=("WKV_*",), prefix="SAMPLE_", choices=dict(
             sampler=["", *diffusion.SAMPLERS], mode=["", "l2t", "t2l", "joint", "stage2"], wkv_impl=wkv_cuda.BACK_ENDS)))

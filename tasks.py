@@ -15,10 +15,12 @@ from typing import Callable
 
 import numpy as np
 
+from configurator import one_line_errors
+
 DIGITS, LETTERS = "0123456789", "abcdefghijklmnopqrstuvwxyz"
 SETS = DIGITS + LETTERS + "PMRO=:;|#"
 SPLITS = ("train", "eval")
-MOST = 10**9   # stands for "no upper limit" in a range of allowed values
+MOST = 10**9 + 1   # stands for "no upper limit" in a range of allowed values
 
 # ---- building rows. The order of the draws is part of a task: it fixes the evaluation sets of the published runs.
 def digits(rng, n, base=10):
@@ -187,16 +189,21 @@ TASKS = {
                           "mode": ("both", "qa", "aq")}, qa_valid),
 }
 
-COMMENTS = {   # of the parameters, for --help; one that is missing here shows its name alone
-    "len": "digits in a field", "mask_len": "masked digits of the sum", "y_first": "put Y before I, as the original script does",
-    "digit_max": "most digits", "base": "digits run from 0 to base - 1", "block": "bits in a block", "blocks": "number of blocks",
-    "mask_pos": "the masked bit of each block", "k": "number of keys", "vlen": "digits in a value", "anchor_k": "how many",
-    "keys": "draw keys from the first ones of 0-9a-z", "n_min": "smallest set in training", "n_max": "largest set in training",
-    "n_test": "size of the set in evaluation", "noise": "pairs that the order leaves out", "pad": "pads before the answer",
-    "use_order": "give a random order (0: always 0-9a-z)", "keys_only": "answer with the keys alone", "synth_a_max": "largest x",
-    "keys_sep": "separate such keys by ;", "anchor": "leave some places of the answer visible", "synth_b_max": "largest y",
-    "holes_min": "fewest holes in training", "holes_max": "most holes in training", "holes_test": "holes in evaluation",
-    "mask_mode": "holes: random | prefix", "mode": "mask the answer (qa), the question (aq) or both by turns",
+COMMENTS = {   # of the parameters, for --help, numbers with the values they may have; what the others allow decides `limits`
+    "len": "[1, 4000] digits in a field", "mask_len": "[1, 4001] masked digits of the sum",
+    "y_first": "put Y before I, as the original script does", "digit_max": "[1, 4000] most digits",
+    "base": "[2, 10] digits run from 0 to base - 1", "block": "[1, 4000] bits in a block",
+    "blocks": "[1, 4000] number of blocks", "mask_pos": "[0, 4000] the masked bit of each block",
+    "k": "[1, 26] number of keys", "vlen": "[1, 4000] digits in a value", "anchor_k": "[0, 36] how many",
+    "keys": "[1, 36] draw keys from the first ones of 0-9a-z", "n_min": "[1, 36] smallest set in training",
+    "n_max": "[1, 36] largest set in training", "n_test": "[1, 36] size of the set in evaluation",
+    "noise": "[0, 36] pairs that the order leaves out", "pad": "[0, 4000] pads before the answer",
+    "use_order": "give a random order (0: always 0-9a-z)", "keys_only": "answer with the keys alone",
+    "keys_sep": "separate such keys by ;", "anchor": "leave some places of the answer visible",
+    "synth_a_max": "[9, 1e9] largest x", "synth_b_max": "[9, 1e9] largest y",
+    "holes_min": "[1, 16] fewest holes in training", "holes_max": "[1, 16] most holes in training",
+    "holes_test": "[1, 16] holes in evaluation", "mask_mode": "holes: random | prefix",
+    "mode": "mask the answer (qa), the question (aq) or both by turns",
 }
 
 # ---- what the other files call
@@ -211,7 +218,9 @@ def settings():
     out = {}
     for name, task in TASKS.items():
         out |= {f"{name}_task": (False, f"train on {task.about}"), f"{name}_eval": (False, f"measure {name} at every evaluation")}
-        out |= {f"{name}_{key}": (value, f"{name}: {COMMENTS.get(key, key)}") for key, value in task.params.items()}
+        for key, value in task.params.items():
+            limits, space, text = COMMENTS.get(key, key).rpartition("] ")
+            out[f"{name}_{key}"] = value, f"{limits}{space}{name}: {text}"
     return out
 
 def chosen(settings):
@@ -294,15 +303,14 @@ def score(name, p, target, pred, answer):
 
 def main(names):
     """Print an example of each task."""
-    for name in names:
+    if "-h" in names or "--help" in names:
+        return print(f"{__doc__.strip()}\n\ntasks: {' '.join(TASKS)}")
+    for name in names or TASKS:
         task = get(name)
         text, answer = task.sample(random.Random(1), params(name, {}), "train")
         marks = "".join("^" if i in answer else " " for i in range(max(answer) + 1))
         print(f"{name:11}{task.about}   ({len(text)} characters, {len(answer)} masked)\n{'':11}{text}\n{'':11}{marks}\n")
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:] or TASKS)
-    except ValueError as error:
-        print(f"tasks.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ import diffusion
 import model as nets
 import tasks
 import wkv_cuda
-from configurator import configure, one_line_errors
+from configurator import configure, one_line_errors, replace_file, short, written
 
 # ---- settings: each is a key, KEY=value in the environment or --key=value ----
 out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
@@ -43,52 +44,52 @@ data_val_bin = ""           # ... held-out ones; empty = the last 10 %
 use_external_latents = True  # texts with latents: 0 = the texts alone, for a Stage II encoder
 skip_missing = False        # texts with latents: leave out those whose latent file is missing
 tokenizer = "byte"          # byte | char | gpt2 | rwkv | rwkv:FILE | bpe:FILE; prepared folders know theirs, data_bin has gpt2
-random_seed = 1337          # initialisation, batches and noise
+random_seed = 1337          # [0, 9e18] initialisation, batches and noise
 # sizes
-seq_len = 128               # T, tokens in a row
+seq_len = 128               # [1, 1e7] T, tokens in a row
 trim_rows = True            # tasks: cut off columns that are padding in every row of the batch
-batch_size = 64             # rows in the global batch of one optimizer step
-device_bsz = 0              # rows in a micro-batch; 0 = all that a process has
-max_iters = 1000            # optimizer steps
+batch_size = 64             # [1, 65536] rows in the global batch of one optimizer step
+device_bsz = 0              # [0, 65536] rows in a micro-batch; 0 = all that a process has
+max_iters = 1000            # [1, 1e12] optimizer steps
 # optimizer
 optimizer = "muon"          # muon: Muon for the matrices, Adam for the rest; adamw: RWKV-LM's rules
-muon_lr = 0.014             # muon: the blocks' matrices
-adam_lr = 0.03              # muon: vectors and low-rank paths
-ln_lr = 0.0015              # muon: norms
-wte_lr = 0.15               # muon: token embedding
-head_lr = 0.008             # muon: output head
-lambda_lr = 0.05            # muon: DW-JRT gates
-momentum_iters = 250        # muon: steps over which Muon's momentum rises from 0.85 to 0.95
-learning_rate = 6e-4        # adamw: all (w0 twice that)
-weight_decay = 0.001        # adamw: the big matrices
-warmup_iters = 0            # steps of linear warm-up
-warmdown_iters = 900        # last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
-grad_clip = 0.0             # largest gradient norm; 0 = no clipping
-ema = 0.0                   # decay of an average of the weights, which is what is evaluated and sampled from; 0 = none
+muon_lr = 0.014             # [0, 100] muon: the blocks' matrices
+adam_lr = 0.03              # [0, 100] muon: vectors and low-rank paths
+ln_lr = 0.0015              # [0, 100] muon: norms
+wte_lr = 0.15               # [0, 100] muon: token embedding
+head_lr = 0.008             # [0, 100] muon: output head
+lambda_lr = 0.05            # [0, 100] muon: DW-JRT gates
+momentum_iters = 250        # [1, 1e12] muon: steps over which Muon's momentum rises from 0.85 to 0.95
+learning_rate = 6e-4        # [0, 100] adamw: all (w0 twice that)
+weight_decay = 0.001        # [0, 100] adamw: the big matrices
+warmup_iters = 0            # [0, 1e12] steps of linear warm-up
+warmdown_iters = 900        # [0, 1e12] last steps, over which the rate falls linearly to 0; 0.9 max_iters unless given
+grad_clip = 0.0             # [0, 1e30] largest gradient norm; 0 = no clipping
+ema = 0.0                   # [0, 1) decay of an average of the weights, which is what is evaluated and sampled from; 0 = none
 freeze_backbone = False     # what pretrained RWKV-7 weights hold does not learn: only what they lack: mask, latents, noise level
 train_lm_head = False       # ... but the text head does
 use_rwkv_lm_head = True     # pretrained weights: 0 = a text head from scratch, which learns
 freeze = ""                 # parameters that do not learn: regular expressions, as emb,blocks.0
-unfreeze_after_steps = 0    # from this step on ...
+unfreeze_after_steps = 0    # [0, 1e12] from this step on ...
 unfreeze_patterns = ""      # ... these learn after all (freeze=. and unfreeze_patterns=. is all of them)
 dtype = "auto"              # matrix products: fp32 | bf16 (parameters and recurrence stay fp32) | auto = bf16 where it is fast
 # evaluation and logging
-eval_interval = 200         # steps between evaluations and checkpoints
-eval_iters = 20             # batches of held-out text an evaluation takes
+eval_interval = 200         # [1, 1e12] steps between evaluations and checkpoints
+eval_iters = 20             # [1, 1e6] batches of held-out text an evaluation takes
 struct_eval_fixed = True    # tasks: always the same evaluation rows; 0 = fresh ones each time
-struct_eval_seed = 1234     # tasks: their seed
-struct_eval_n = 200         # tasks: how many
-log_interval = 10           # steps between lines of log.jsonl
+struct_eval_seed = 1234     # [0, 9e18] tasks: their seed
+struct_eval_n = 200         # [1, 1e5] tasks: how many
+log_interval = 10           # [1, 1e12] steps between lines of log.jsonl
 log_sample = True           # print a sample (IN / GT / PR) with each evaluation
-log_win = 80                # characters of that sample
+log_win = 80                # [1, 1e6] characters of that sample
 log_output = False          # at the end, continue prompt_len tokens of an evaluation row by gen_tokens
-gen_tokens = 200            # ... tokens to generate
-prompt_len = 16             # ... tokens given
+gen_tokens = 200            # [0, 1e6] ... tokens to generate
+prompt_len = 16             # [0, 1e7] ... tokens given
 mem_check = False           # at the end, mask everything after prompt_len of one row and print what comes back
 # machine
 device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
-threads = 0                 # CPU threads; 0 = torch's choice
+threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 compile = False             # the network through torch.compile, worth its minute on a GPU; where it does not work the run goes on without
 shard = False               # torchrun: parameters, gradients and optimizer states in pieces over the processes (FSDP2), where one cannot hold them
 
@@ -162,8 +163,7 @@ def defaults_for(cfg):
     path = start_path(cfg)
     cfg.saved = nets.load_checkpoint(path) if path else {}
     if trained := (cfg.init_from == "resume" or not cfg.train) and cfg.saved.get("config"):
-        for key in trained.keys() & cfg.sources.keys() - set(_KEEP):
-            cfg.default(key, trained[key], why=path)
+        cfg.adopt(trained, _KEEP, why=path)
         return
     if diffusion.OBJECTIVES[cfg.objective or "task"].gaussian:
         for key, value in dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True).items():
@@ -196,17 +196,6 @@ def start_path(cfg):
     if not cfg.train:
         return cfg.weights_path or {"scratch": own, "resume": own}.get(cfg.init_from, cfg.init_from)
     return {"scratch": "", "resume": own}.get(cfg.init_from, cfg.init_from)
-
-
-def noise_tops(levels):
-    """noise_levels -> the largest t of each part of the training. ValueError for anything but numbers in (0, 1]."""
-    try:
-        tops = [float(z) for z in levels.split(",")]
-    except ValueError:
-        tops = [0.0]
-    if not all(0 < z <= 1 for z in tops):
-        raise ValueError(f"noise_levels={levels!r} is not allowed: give largest noise levels in (0, 1], as 0.4,0.7,1")
-    return tops
 
 
 def lr_factor(step):
@@ -303,13 +292,17 @@ def evaluate(denoise, source, bound, mask_id, device, step):
     x, _, _ = source.eval_rows(eval_iters * batch_size)
     g = data.generator(struct_eval_seed, 0, 2)
     batches = [bound(denoise, a.to(device), mask_id, g).double().cpu() for a in x.split(batch_size)]
-    nats = torch.stack([b.mean() for b in batches])
-    # the mask counts are stratified over a batch, so batches are what is independent
-    se = nats.std() / len(nats) ** 0.5 if len(nats) > 1 else batches[0].std() / len(batches[0]) ** 0.5
-    metrics = {"val_loss": nats.mean().item(), "windows": len(x)}
+    nats, means = torch.cat(batches).mean().item(), torch.stack([b.mean() for b in batches])
+    disjoint = len(source.val) // source.T             # as many windows share no token
+    se = None                                          # a deviation of a few says nothing
+    if min(disjoint, len(x)) >= 8:                     # mask counts are stratified over a batch, so batches are independent
+        spread = means.std() / len(means) ** 0.5 if len(means) > 1 else batches[0].std() / len(x) ** 0.5
+        se = spread.item()
+    metrics = {"val_loss": nats, "windows": len(x), "disjoint": min(disjoint, len(x))}
     for unit, per_token in (("char", source.chars_per_token), ("byte", source.bytes_per_token), ("token", 1)):
         if not math.isnan(per_token):      # token files without a vocabulary do not say how many characters they hold
-            metrics |= {f"bits_per_{unit}{end}": z.item() / math.log(2) / per_token for end, z in (("", nats.mean()), ("_se", se))}
+            bits = 1 / math.log(2) / per_token
+            metrics |= {f"bits_per_{unit}": nats * bits, f"bits_per_{unit}_se": None if se is None else se * bits}
     masked = torch.rand(x[0].shape, generator=g) < 0.3
     pred = torch.where(masked, denoise(diffusion.mask_tokens(x[:1], masked, mask_id).to(device)).logits[0].argmax(-1).cpu(), x[0])
     return metrics, (x[0], masked, pred)
@@ -360,14 +353,22 @@ def evaluate_latent(net, source, diff, device):
 
 def log_header(cfg, model, device):
     """The first line of log.jsonl: all that is needed to repeat the run."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                         cwd=os.path.dirname(os.path.abspath(__file__)))
     count = lambda ps: sum(p.numel() for p in ps)
     return {"event": "start", "parameters": count(model.parameters()),
-            "active": count(p for p in model.parameters() if p.requires_grad), "git": git.stdout.strip() or "none",
+            "active": count(p for p in model.parameters() if p.requires_grad), "git": commit(),
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
             "dtype": "bf16" if in_bf16(device) else "fp32",
             "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
+
+
+def commit():
+    """The commit of this code as git describes it, "none" where there is no git or no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace",
+                              cwd=os.path.dirname(os.path.abspath(__file__)))
+        return done.stdout.strip() or "none"
+    return "none"
 
 
 def in_bf16(device):
@@ -426,6 +427,25 @@ def like(p, x):
         return x
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x, p.device_mesh, p.placements)
+
+
+def restore(optimizers, states, path, changed):
+    """The optimizers go on from the states of a checkpoint, with this run's rates and other settings. ValueError if the
+    states are of other parameters; `changed`: the settings that were given and are not those it was trained with."""
+    try:
+        for o, state in zip(optimizers, states, strict=True):
+            settings = [{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]
+            o.load_state_dict(state)
+            for g, mine in zip(o.param_groups, settings):
+                g.update(mine)
+            for p, kept in o.state.items():
+                kept |= {k: like(p, v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == p.shape}
+                if any(torch.is_tensor(v) and v.numel() not in (1, p.numel()) for v in kept.values()):
+                    raise ValueError("a state of another shape")
+    except Exception as e:                 # a file may hold anything
+        settings = f"leave {', '.join(changed)} out" if changed else "it was written by another version of this code"
+        raise ValueError(f"the optimizer's state in {path} is not that of this run ({short(str(e))}): {settings}, or start a "
+                         f"new run from its weights with --init_from={path} and another --out_dir") from None
 
 
 def thaw(model, step, unused=""):
@@ -489,12 +509,89 @@ def check_objective(diff, source, cfg):
     return chosen
 
 
+def launched():
+    """What torchrun says of this process -> rank, world, local rank. ValueError for half of it, or for what cannot be."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return 0, 1, 0
+    said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    repair = "start with torchrun --nproc_per_node=N train.py, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    try:
+        rank, world, local = (int(given[name]) for name in names)
+    except (KeyError, ValueError):
+        raise ValueError(f"{said}: a process needs all of RANK, WORLD_SIZE and LOCAL_RANK, whole numbers: {repair}") from None
+    if not 0 <= rank < world or not 0 <= local < world:
+        raise ValueError(f"{said}: there are no such processes: {repair}")
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ValueError(f"{said}, but no MASTER_ADDR and MASTER_PORT: {repair}")
+    return rank, world, local
+
+
+def check_place(key, path, folder):
+    """ValueError unless `path` can be written: a folder that is there or can be made, or a file in such a one."""
+    where = path if folder else os.path.dirname(path) or "."
+    if not folder and os.path.isdir(path):
+        raise ValueError(f"{key}={path} is a folder: give the name of a file")
+    while not os.path.lexists(where) and os.path.dirname(where) != where:
+        where = os.path.dirname(where) or "."
+    if not os.path.isdir(where) or not os.access(where, os.W_OK):
+        raise ValueError(f"{key}={path} cannot be written ({where}): choose another with --{key}")
+
+
+def lock(folder):
+    """Hold a folder, if it is there, until this process ends -> the lock. ValueError: another run holds it."""
+    if not os.path.isdir(folder):
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise ValueError(f"another run is writing to out_dir={folder}: wait for it, or choose another --out_dir") from None
+    except (OSError, ImportError):         # a file system or a system without locks
+        pass
+    return held
+
+
 def move_aside(path, tell):
     """Starting afresh never overwrites a finished run: its checkpoint becomes ckpt.pt.1, ckpt.pt.2, ..."""
     if os.path.exists(path):
         n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
         os.replace(path, f"{path}.{n}")
         tell(f"moved the checkpoint of an earlier run to {path}.{n} (--init_from=resume would have gone on from it)")
+
+
+def open_log(path, mode):
+    """log.jsonl for writing; at its end, if a run was killed or the disk was full while it wrote, may stand half a line: cut off."""
+    if mode == "a" and os.path.exists(path):
+        with open(path, "rb+") as f:
+            text = f.read()
+            f.truncate(text.rfind(b"\n") + 1)
+    return open(path, mode, encoding="utf-8")
+
+
+def in_json(x):
+    """What JSON can say: null for numbers that are not finite."""
+    if isinstance(x, dict):
+        return {key: in_json(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+class Stop:
+    """Ctrl-C and SIGTERM while training: the first asks for an end after the step at hand, a second one ends at once."""
+
+    def __init__(self):
+        self.code = 0
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self)
+
+    def __call__(self, signum, frame):
+        if self.code:
+            print("stopped at once: the last checkpoint stays as it is", file=sys.stderr)
+            os._exit(128 + signum)
+        self.code = 128 + signum
 
 
 def finish(source, model, denoise, device, tell):
@@ -512,41 +609,40 @@ def finish(source, model, denoise, device, tell):
 
 
 def main(cfg):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dev = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    lead = rank == 0
+    rank, world, local = launched()
+    dev = nets.open_device(device, local)
+    lead, parent = rank == 0, os.getppid()
     tell = (lambda *a: tqdm.write(" ".join(map(str, a)))) if lead else (lambda *a: None)
     os.environ["WKV_IMPL"] = wkv_impl
     if threads:
         torch.set_num_threads(threads)
     nets.tune_cpu()
 
-    # what the settings must satisfy before anything is built or overwritten
-    for key in ("seq_len", "batch_size", "mask_span", "momentum_iters", "max_iters", "eval_interval", "eval_iters", "struct_eval_n", "log_interval"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
-    if not 0 <= ema < 1:
-        raise ValueError(f"ema={ema} is not allowed: give a decay in [0, 1)")
-    tops = noise_tops(cfg.noise_levels)
+    # what the settings must satisfy before anything is built, and long before anything is written
     micro = device_bsz or max(1, batch_size // world)
-    if micro < 1 or batch_size % (micro * world):
+    if batch_size % (micro * world):
         raise ValueError(f"batch_size={batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
-                         f"choose batch_size={max(1, round(batch_size / (max(1, micro) * world))) * max(1, micro) * world}")
+                         f"choose batch_size={max(1, round(batch_size / (micro * world))) * micro * world}")
     if shard and (world == 1 or compile):
         raise ValueError("shard=1 is not for compile=1: choose one of them" if compile else
                          "shard=1 splits a network over processes: start them with torchrun --nproc_per_node=N train.py")
     path, own = start_path(cfg), os.path.join(out_dir, "ckpt.pt")
     saved, resumed = cfg.saved, train and init_from == "resume"
+    check_place("out_dir", out_dir, folder=True)
+    if train and weights_path:
+        check_place("weights_path", weights_path, folder=False)
+    held = lock(out_dir) if train and lead else None
+    if resumed and (lacking := [key for key in ("step", "config", "tokenizer", "optimizers", "model_config") if key not in saved]):
+        raise ValueError(f"{own} lacks {', '.join(lacking)}: only a checkpoint of train.py can be resumed, from others start with --init_from={own}")
+    start = saved["step"] if resumed else 0
+    rows = max(batch_size, struct_eval_n if tasks.chosen(cfg.as_dict()) else 1)
+    nets.in_memory(16 * rows * seq_len, f"seq_len={seq_len} with {rows} rows")
     source = open_source(cfg, saved)
     model = build_model(cfg, source, path, saved)
+    if resumed and start >= max_iters:
+        return tell(f"the run in {own} is at step {start} already, max_iters={max_iters}: nothing to do; "
+                    "to train it further give a larger --max_iters")
     model = model if shard else model.to(dev)          # in pieces it may fit where the whole does not
-    os.makedirs(out_dir, exist_ok=True)
-    if not os.access(out_dir, os.W_OK):
-        raise ValueError(f"out_dir={out_dir} cannot be written: choose another with --out_dir")
-    if train and init_from != "resume" and lead:
-        move_aside(own, tell)
-
     if world > 1:
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
@@ -563,8 +659,9 @@ def main(cfg):
     else:
         bound = functools.partial(chosen.bound, n=model.cfg.block_size)
         learner = Learner(model, functools.partial(diffusion.loss, chosen.logits, mask_id=model.mask_id, n=model.cfg.block_size))
-    start = saved["step"] if resumed else 0
     active = thaw(model, start)
+    if train and not active:
+        raise ValueError(f"freeze={freeze!r} leaves nothing that learns: freeze less, or unfreeze_patterns from the start")
     replicas = world > 1 and not shard
     parallel = lambda: DistributedDataParallel(learner, find_unused_parameters=chosen.gaussian or bool(chosen.latent)) if replicas else learner
     if compile:
@@ -579,22 +676,41 @@ def main(cfg):
     optimizers = OPTIMIZERS[optimizer](model)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     if resumed:
-        for o, state in zip(optimizers, saved["optimizers"], strict=True):
-            o.load_state_dict(state)
-            for p, kept in o.state.items():
-                kept |= {k: like(p, v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == p.shape}
+        changed = [k for k in ("optimizer", "freeze_backbone", *nets.ModelConfig.__dataclass_fields__)
+                   if cfg.given(k) and getattr(cfg, k) != saved["config"].get(k)]
+        restore(optimizers, saved["optimizers"], own, changed)
     groups = [g for o in optimizers for g in o.param_groups]
     covered = sorted(id(p) for g in groups for p in g["params"])
     assert covered == sorted(map(id, model.parameters())), "the optimizers must cover each parameter once"
     header = log_header(cfg, model, dev)
     tell(f"{source.name}: {header['parameters']:,} parameters, {header['kernel']} kernel on {dev}, {header['threads']} threads, "
          + (f"going on from {path} at step {start}" if start else f"weights of {path}" if path else "from scratch"))
-    log = open(os.path.join(out_dir, "log.jsonl"), "a" if start else "w") if lead else None
-    record = lambda **row: lead and (log.write(json.dumps(row) + "\n"), log.flush())
+    log, rows = None, []
+
+    def record(**row):
+        """A line of log.jsonl; until the first step is certain, kept back."""
+        if row:
+            rows.append(json.dumps(in_json(row)) + "\n")
+        if log:
+            log.write("".join(rows))
+            log.flush()
+            rows.clear()
+
+    def begin():
+        """The first step can be taken: from here on out_dir is this run's."""
+        nonlocal log, held
+        if lead:
+            os.makedirs(out_dir, exist_ok=True)
+            held = held or train and lock(out_dir)
+            if train and not resumed:
+                move_aside(own, tell)
+            log = open_log(os.path.join(out_dir, "log.jsonl"), "w" if train and not resumed else "a")
+            record()
+        if train and lead:
+            replace_file(os.path.join(out_dir, "config.json"), json.dumps(cfg.as_dict(), indent=2).encode())
+        if train and not resumed:
+            checkpoint(0)
     record(**header)
-    if lead:
-        with open(os.path.join(out_dir, "config.json"), "w") as f:
-            json.dump(cfg.as_dict(), f, indent=2)
 
     def measure(step):
         """-> metrics, and a sample to print."""
@@ -609,18 +725,27 @@ def main(cfg):
         metrics, sample = holder(lambda: measure(step))
         if "alarm" in metrics:
             tell(metrics["alarm"])
+        if not math.isfinite(metrics["val_loss"]):
+            raise ValueError(f"the evaluation at step {step} gave val_loss={metrics['val_loss']}: {way_back()}")
         record(event="eval", step=step, **metrics)
         line = []
         for k, v in metrics.items():       # of what is known for ten noise levels the screen shows three
             if not k.endswith("_se") and (k[-4:-1] != "_0." or k[-3:] in ("0.2", "0.5", "0.8")):
-                se = f" ± {metrics[k + '_se']:.4f}" if k + "_se" in metrics else ""
+                se = f" ± {metrics[k + '_se']:.4f}" if metrics.get(k + "_se") is not None else ""
                 line.append(f"{k.replace('_', ' ')} {v:.4f}{se}" if isinstance(v, float) else f"{k} {v}")
         tell(f"step {step}: " + ", ".join(line))
         if log_sample:
             tell(data.side_by_side(source.tokenizer, *sample, log_win))
 
+    def way_back():
+        last = f"the last good checkpoint is {own} (step {saved_at}); go on from there" if saved_at is not None else "start again"
+        return f"{last} with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1"
+
     def checkpoint(step):
+        nonlocal saved_at
         weights, states, mean = whole([model.state_dict(), [o.state_dict() for o in optimizers], averaged.state_dict() if averaged else None])
+        if broken := [name for name, x in weights.items() if x.is_floating_point() and not torch.isfinite(x).all()]:
+            raise ValueError(f"after step {step} {broken[0]} holds numbers that are not finite: {way_back()}")
         if lead:
             more = {"averaged": mean} if averaged else {}
             if getattr(source, "projection", None):
@@ -630,11 +755,15 @@ def main(cfg):
             nets.save_checkpoint(own, dict(model=weights, **more, model_config=dataclasses.asdict(model.cfg), step=step,
                                            optimizers=states, config=cfg.as_dict(),
                                            tokenizer=source.tokenizer.state()))
+        saved_at = step
 
+    saved_at = start if resumed else None
     if not train:
         report(saved.get("step", 0))
+        begin()
         return holder(lambda: finish(source, model, denoise, dev, tell))
 
+    tops = cfg.noise_levels
     top = lambda step: tops[min(len(tops) - 1, step * len(tops) // max_iters)]
     mode_of = lambda step: diffusion.mode_at(step, diff.objective, diff) if chosen.latent else ("", 1.0)
     noise = lambda step, maskable, t, u, *latent: chosen.noise(maskable, t * top(step), u, diff, model.cfg.block_size, *latent,
@@ -642,8 +771,11 @@ def main(cfg):
     batches = data.make_batches(source, noise, diffusion.stratified, batch_size, micro, random_seed, start, rank, world,
                                 model.cfg.n_embd if chosen.gaussian else 0, model.cfg.latent_dim)
     bar = tqdm(range(start, max_iters), initial=start, total=max_iters, unit="step", disable=not lead, dynamic_ncols=True)
-    saved_at, clock, since, before = start if start else None, time.perf_counter(), start, ""
+    clock, since, before, positions = time.perf_counter(), start, "", 0
+    stop = Stop()
     for step in bar:
+        if world > 1 and os.getppid() != parent:
+            raise ValueError("the launcher of this process is gone, so it ends: start again with --init_from=resume")
         # 1. learning rates
         for g, peak in zip(groups, peaks):
             g["lr"] = peak * lr_factor(step)
@@ -653,8 +785,9 @@ def main(cfg):
         if step % eval_interval == 0 and step > start or step == 0:
             paused = time.perf_counter()
             report(step)
-            checkpoint(step)
-            saved_at, clock = step, clock + time.perf_counter() - paused
+            if step:
+                checkpoint(step)
+            clock += time.perf_counter() - paused
         if step == unfreeze_after_steps > 0:
             tell(f"step {step}: {active:,} parameters learned so far, {thaw(model, step):,} from here on")
             trained, before = parallel(), ""
@@ -665,13 +798,16 @@ def main(cfg):
                 active, before = thaw(model, step, diffusion.COUPLINGS[mode].unused), mode
         # 3. gradients: micro-batches add up to the mean over the global batch
         parts, total = next(batches)
-        total = total.to(dev)
-        if world > 1:
-            dist.all_reduce(total)
-        total = total.clamp_min(1)
+        ending = bool(stop.code)
+        if world > 1:                              # all processes stop after the same step
+            shared = torch.cat([total.view(-1), total.new_tensor([ending])]).to(dev)
+            dist.all_reduce(shared)
+            total, ending = shared[:-1].view_as(total), bool(shared[-1])
+        total = total.to(dev).clamp_min(1)
         terms = torch.zeros(total.shape, device=dev)
         for i, part in enumerate(parts):
             part = data.Batch(*(z if z is None else z.to(dev, non_blocking=True) for z in part))
+            positions += part.x.numel() * world
             last = i == len(parts) - 1
             if shard:
                 learner.set_requires_gradient_sync(last)
@@ -684,14 +820,14 @@ def main(cfg):
             dist.all_reduce(terms)
         loss = terms.sum()
         if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: " + (
-                f"the last good checkpoint is {own} (step {saved_at}); " if saved_at is not None else "") +
-                "go on from there with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1")
+            raise ValueError(f"the loss is {loss.item()} at step {step}: {way_back()}")
         # 4. clipping
         mask_row_only(model, step)
         logged = (step + 1) % log_interval == 0 or step == start
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf) if grad_clip or logged else None
         # 5. the step
+        if step == start:
+            begin()
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -700,17 +836,25 @@ def main(cfg):
         # 6. log
         if logged:
             ms = (time.perf_counter() - clock) / (step + 1 - since) * 1e3
-            clock, since = time.perf_counter(), step + 1
             named = dict(zip((f"loss_{name}" for name in chosen.terms), terms.view(-1).tolist())) | (dict(mode=mode, active=active) if mode else {})
             record(event="train", step=step, loss=loss.item(), **named, lr=groups[-1]["lr"], grad_norm=whole(norm).item(), ms_per_step=ms,
-                   tokens_per_s=batch_size * seq_len / ms * 1e3)
+                   tokens_per_s=positions / (time.perf_counter() - clock))
+            clock, since, positions = time.perf_counter(), step + 1, 0
             bar.set_postfix_str(f"loss {loss.item():.3f}, {ms:.0f} ms/step", refresh=False)
+        if ending and step + 1 < max_iters:
+            bar.close()
+            checkpoint(step + 1)
+            tell(f"stopped after step {step + 1} of {max_iters}, which {own} holds: the same command with --init_from=resume goes on")
+            if world > 1:
+                dist.destroy_process_group()
+            raise SystemExit(stop.code or 143)
     bar.close()
     report(max_iters)
     checkpoint(max_iters)
     if weights_path and lead:
         os.makedirs(os.path.dirname(weights_path) or ".", exist_ok=True)
-        shutil.copyfile(own, weights_path)
+        with written(weights_path) as f, open(own, "rb") as source_file:
+            shutil.copyfileobj(source_file, f)
     tell(f"checkpoint {own}" + (f", copied to {weights_path}" if weights_path else "")
          + f"; try: python sample.py --ckpt={weights_path or own}")
     holder(lambda: finish(source, model, denoise, dev, tell))
@@ -719,7 +863,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors("no checkpoint was written since the last one that was announced"):
         main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for,
                        show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"],

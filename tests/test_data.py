@@ -264,7 +264,7 @@ def test_prepared_shards_are_the_direct_encoding(tmp_path, kind, bpe_file, monke
 
 
 def test_a_folder_of_texts_and_a_large_vocabulary(tmp_path, world):
-    for name, text in (("b.txt", "second " * 300), ("a.txt", "first " * 100), ("c/d.txt", "third " * 100), ("not.md", "no")):
+    for name, text in (("b.txt", "second " * 300), ("a.txt", "first " * 100), ("c/d.txt", "third " * 100), ("not.rst", "no")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(text)
     data.prepare(str(tmp_path / "in"), "rwkv", str(tmp_path / "out"))
@@ -354,10 +354,10 @@ def test_what_prepare_refuses(tmp_path, text_file, capsys):
             (job("--tokenizer=char", path=tmp_path / "binary"), "binary is not UTF-8 text (byte 128)"),
             (job("--tokenizer=char", path=tmp_path / "late"), "late is not UTF-8 text (byte 3000000)"),
             (job(path=tmp_path / "none"), "none: No such file"), (job(path=""), "--data_path is missing"),
-            (job("--val_share=1"), "val_share=1.0"), (job("--shard_tokens=0"), "shard_tokens=0"), (job("--out="), "--out"),
+            (job("--val_share=1"), "val_share = 1.0"), (job("--shard_tokens=0"), "shard_tokens = 0"), (job("--out="), "--out"),
             (job("--tokenizer=words"), "tokenizer='words' is unknown"), (job("--tokenizer=bpe:none"), "train-bpe"), (["prepar"], "'prepare'"),
-            ([], "--help"), (job("--outt=a"), "--outt=a"), (job("--val_share=a"), "'a'"),
-            (["download", "all"], "choose one of shakespeare, text8, gpt2"), (["train-bpe", "--vocab_size=9", "--out=a"], "vocab_size=9"),
+            ([], "--help"), (job("--outt=a"), "'outt'"), (job("--val_share=a"), "'a'"),
+            (["download", "all"], "choose one of shakespeare, text8, gpt2"), (["train-bpe", "--vocab_size=9", "--out=a"], "vocab_size = 9"),
             (["train-bpe", "--out=a"], "--data_path")):
         assert data.main(argv) == 2, argv
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
@@ -478,14 +478,20 @@ def test_download_checks_what_it_got(tmp_path, monkeypatch, capsys):
     (tmp_path / "served").write_bytes(b"text " * 100)
     with zipfile.ZipFile(tmp_path / "served.zip", "w") as z:
         z.writestr("text", b"text " * 100)
-    sha, md5 = hashlib.sha256(b"text " * 100).hexdigest(), hashlib.md5(b"text " * 100).hexdigest()
-    rows = {"plain": (f"file://{tmp_path}/served", "sha256", sha, 500), "zipped": (f"file://{tmp_path}/served.zip", "md5", md5, 500),
-            "other": (f"file://{tmp_path}/served", "sha256", md5, 500), "offline": ("http://127.0.0.1:9/a.txt", "md5", md5, 500)}
+    sha = lambda name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    zipped = (tmp_path / "served.zip").stat().st_size
+    rows = {"plain": (f"file://{tmp_path}/served", 500, sha("served"), 500),
+            "zipped": (f"file://{tmp_path}/served.zip", zipped, sha("served.zip"), 500),
+            "other": (f"file://{tmp_path}/served", 500, sha("served.zip"), 500),
+            "longer": (f"file://{tmp_path}/served", 100, sha("served"), 500),
+            "bomb": (f"file://{tmp_path}/served.zip", zipped, sha("served.zip"), 499),
+            "offline": ("http://127.0.0.1:9/a.txt", 500, sha("served"), 500)}
     monkeypatch.setattr(data, "DOWNLOADS", rows)
     for name in ("plain", "zipped"):
         assert data.main(["download", name, f"--out={tmp_path}/{name}.txt"]) == 0
         assert (tmp_path / f"{name}.txt").read_bytes() == b"text " * 100
-    for name, words in (("other", "500 bytes, not the 500 with the sha256 expected"), ("offline", "cannot fetch http://127.0.0.1:9/a.txt")):
+    for name, words in (("other", "500 bytes, not the 500 with the sha256 expected"),
+                        ("longer", "500 bytes or more, not the 100 with"), ("bomb", "unpacks to 500 bytes, not 499"), ("offline", "cannot fetch http://127.0.0.1:9/a.txt")):
         assert data.main(["download", name, f"--out={tmp_path}/{name}.txt"]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / f"{name}.txt").exists()
 

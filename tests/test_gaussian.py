@@ -247,7 +247,7 @@ def test_text_and_its_errors(run, tmp_path):
     assert done.returncode == 2 and "conditions dropped" in done.stderr
     for options, words in ((["--beta_schedule=square"], "linear, cosine, sigmoid"), (["--prediction_type=x1"], "epsilon, x0, v_prediction"),
                            (["--diffusion_mode=all"], "diffusion, mixed, tokens"), (["--freeze=head9"], "matches no parameter"),
-                           (["--noise_levels=0.5,2"], "largest noise levels"), (["--ema=1"], "decay in [0, 1)"), (["--time_cond=none"], "must know the noise level"),
+                           (["--noise_levels=0.5,2"], "must be in (0, 1]"), (["--ema=1"], "must be in [0, 1)"), (["--time_cond=none"], "must know the noise level"),
                            (["--direction=block"], "whole rows"), (["--objective=elbo", "--gaussian=1", "--time_cond=add"], "gaussian=0")):
         done = run("train.py", *options, "--out_dir=bad", **{k: v for k, v in small.items() if f"--{k.lower()}=" not in options[0]})
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])

@@ -93,7 +93,7 @@ def test_what_is_refused(text, tmp_path, capsys):
                         (lambda: data.read_entries(tmp_path, "train"), "data.py latents")):
         with pytest.raises(ValueError, match=words):
             call()
-    for content, words in (("[1", "is no JSON"), ('[{"latent_path": "x"}]', "must be a list of entries")):
+    for content, words in (("[1", "cannot be read .JSONDecodeError"), ('[{"latent_path": "x"}]', "must be a list of entries")):
         (tmp_path / "train_data.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             data.read_entries(tmp_path, "train")

@@ -404,7 +404,7 @@ def test_check_finds_the_longest_row(name, settings, longest):
 
 def test_a_new_row_works_everywhere(monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "dummy", Task(lambda rng, p, split: ("ab" * p.len, [1, 3]), "ab#", {"len": 2}, "for the test"))
-    assert tasks.settings()["dummy_len"] == (2, "dummy: digits in a field") and "dummy_task" in tasks.settings()
+    assert tasks.settings()["dummy_len"] == (2, "[1, 4000] dummy: digits in a field") and "dummy_task" in tasks.settings()
     assert tasks.chosen({"dummy_task": True}) == "dummy"
     p = tasks.params("dummy", {"dummy_len": 3})
     tasks.check("dummy", p, 6)
@@ -430,7 +430,7 @@ def test_command_line():
     under = [text[i] for i, mark in enumerate(marks) if mark == "^"]
     assert '"b":' + "".join(under) + ',"c"' in text and len(under) == 16
     wrong = run("strukt")
-    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.startswith("tasks.py: unknown task 'strukt'")
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.startswith("error: unknown task 'strukt'")
     assert wrong.stderr.count("\n") == 1
 
 

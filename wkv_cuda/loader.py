@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -96,18 +97,29 @@ def compiled(name, sources, flags, nvcc_flags=(), **options):
     sources = sorted(sources, reverse=True)
     texts = [f.read_text() for folder in sorted({f.parent for f in sources}) for f in sorted(folder.glob("*.[ch]*"))]
     key = "\0".join([*texts, *flags, *nvcc_flags, torch.__version__, str(torch.version.cuda), get_cxx_compiler(), cpu()])
-    folder = build_root() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder, library = build_root() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", f"{name}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "flock", "w") as f, locked(f):         # other processes wait here; the lock dies with its owner
-        if not (folder / "done").exists():
+        done = folder / "done"                                 # vouches for the library: its size and digest
+        if not done.exists() or done.read_text() != digest(folder / library):
             (folder / "lock").unlink(missing_ok=True)          # torch's own lock file, left by a killed build
+            for old in [done, *folder.glob("*.o"), *folder.glob("*.so"), *folder.glob(".ninja*")]:
+                old.unlink(missing_ok=True)
             started = time.time()
             load(name, [str(f) for f in sources], extra_cflags=flags, extra_cuda_cflags=list(nvcc_flags), build_directory=str(folder),
                  is_python_module=False, **options)
-            (folder / "done").touch()
+            if not digest(folder / library):
+                raise OSError(f"{get_cxx_compiler()} said that it was done, but there is no {folder / library}")
+            done.write_text(digest(folder / library))
             say(f"wkv: built the {TITLES.get(name[8:], name)} kernels in {time.time() - started:.1f} s ({folder})")
-    torch.ops.load_library(str(folder / f"{name}.so"))
-    return folder / f"{name}.so"
+    torch.ops.load_library(str(folder / library))
+    return folder / library
+
+
+def digest(file):
+    """Size and sha256 of a file as text, "" if there is none or nothing in it."""
+    content = file.read_bytes() if file.is_file() else b""
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}" if content else ""
 
 
 def gpu_flags():
@@ -176,11 +188,20 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"   # the stable ABI of torch
 
 
 def build_root():
-    """Where builds are kept: TORCH_EXTENSIONS_DIR, else the user's cache, else the temporary folder."""
-    for root in (os.environ.get("TORCH_EXTENSIONS_DIR"), Path.home() / ".cache" / "nanodir"):
+    """Where builds are kept: TORCH_EXTENSIONS_DIR, else the user's cache, else the temporary folder. OSError: the one there is
+    another user's, who could have put any library in it."""
+    home = Path(os.path.expanduser("~"))                       # Path.home() raises where nobody knows
+    for root in (os.environ.get("TORCH_EXTENSIONS_DIR"), home / ".cache" / "nanodir" if home.is_absolute() else None):
         if root and (os.access(root, os.W_OK) or not Path(root).exists() and os.access(Path(root).parent.parent, os.W_OK)):
             return Path(root)
-    return Path(tempfile.gettempdir()) / f"nanodir-{os.getuid()}"
+    me = os.getuid() if hasattr(os, "getuid") else "user"
+    root = Path(tempfile.gettempdir()) / f"nanodir-{me}"
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or me not in ("user", found.st_uid) or found.st_mode & 0o077:
+        raise OSError(f"{root} is not a folder of yours alone (mode 0700): remove it, or set TORCH_EXTENSIONS_DIR to a folder of yours")
+    return root
 
 
 def cpu():
