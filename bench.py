@@ -13,6 +13,10 @@
     python bench.py --suite=direction   milliseconds of one denoising step of the same
     python bench.py --suite=gpu         on a GPU: kernels against the float64 twins, their speed beside the GPU's own limits, training, generation
 """
+from configurator import stoppable
+
+if __name__ == "__main__":
+    stoppable()
 import contextlib
 import dataclasses
 import json
@@ -49,6 +53,8 @@ def train(*options, env=None, folder):
     """Run train.py and return its log: a list of dicts. RuntimeError with its last lines if it fails."""
     command = [sys.executable, "train.py", f"--out_dir={folder}", f"--threads={threads}", "--log_sample=0", *options]
     done = subprocess.run(command, env=os.environ | {"WKV_IMPL": "auto"} | (env or {}), capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-400:]}")
     with open(os.path.join(folder, "log.jsonl")) as f:

@@ -426,6 +426,19 @@ def fail(message, code=2, kind="error: "):
 class Stopped(KeyboardInterrupt):
     """SIGTERM, which ends a script in the same manner as Ctrl-C does."""
 
+def on_stop(handler):
+    """`handler` for Ctrl-C and SIGTERM, but for those that the process was started to ignore, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+def stoppable():
+    """For the first lines of a script: importing takes seconds, in which Ctrl-C ends it with one line, too."""
+    def stop(signum, frame):
+        print(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'} before anything was done", file=sys.stderr)
+        os._exit(128 + signum)
+    on_stop(stop)
+
 class Stream:
     """Standard output or error that cannot end a run: what the terminal cannot encode is escaped, and a reader that
     has gone away or a full disk behind it is passed over."""
@@ -464,13 +477,12 @@ def one_line_errors(stopped="what is unfinished was not kept"):
         if not isinstance(getattr(sys, name), Stream):
             setattr(sys, name, Stream(getattr(sys, name)))
     def stop(signum, frame):
-        raise Stopped
+        raise KeyboardInterrupt if signum == signal.SIGINT else Stopped
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
+        on_stop(stop)
         yield
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the line off
+        on_stop(signal.SIG_IGN)  # a second one must not cut the line off
         name, code = ("SIGTERM", 143) if isinstance(error, Stopped) else ("Ctrl-C", 130)
         fail(f"{name}: {stopped}", code, "stopped by ")
     except Exception as error:

@@ -11,6 +11,10 @@ the global batch, so accumulation, several processes and a resumed run all see t
     python data.py tokenize --data_path=FOLDER2 --tokenizer=byte     their tokens
     python data.py download shakespeare                                               or text8, or gpt2 (its vocabulary)
 """
+from configurator import stoppable
+
+if __name__ == "__main__":
+    stoppable()
 import ast
 import bisect
 import codecs

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from configurator import UserError, short, written
+from configurator import UserError, checked, merge, section, short, written
 from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
 
@@ -663,10 +663,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        check_config(cfg)
         if torch.get_default_device().type == "cpu":
-            need = weight_bytes(cfg)
-            in_memory(need, f"a network of n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}")
+            in_memory(weight_bytes(cfg), f"a network of n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}")
+        check_config(cfg)
         self.cfg, self.mask_id = cfg, cfg.vocab_size
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
         wants_time = cfg.time_cond != "none" or any(hasattr(TIME_MIXERS[m], "wants_time") for m in pattern(cfg))
@@ -979,6 +978,9 @@ def own_config(content, path):
     if wrong := [f"{key}={short(value)}" for key, value in given.items() if type(value) is not type(known[key])
                  and not (type(value) is int and type(known[key]) is float)]:
         raise ValueError(f"checkpoint {path} is damaged: its model_config has {', '.join(wrong[:4])}")
+    rows = merge([section(ModelConfig)], {})
+    for key, value in given.items():
+        checked(key, value, rows[key], path)
     cfg = ModelConfig(**given)
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
     table = tuple(weights["emb.weight"].shape) if "emb.weight" in weights else ()

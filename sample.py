@@ -9,6 +9,10 @@
     python sample.py --ckpt=out/ckpt.pt --mode=joint                       both from nothing (stage2: z from the prior, then text)
     ... --watch=1 shows the denoising step by step
 """
+from configurator import stoppable
+
+if __name__ == "__main__":
+    stoppable()
 import itertools
 import os
 import sys

@@ -4,6 +4,10 @@
     DATA_PATH=input.txt python train.py
     torchrun --nproc_per_node=2 train.py --data_path=input.txt         # --shard=1 where the network does not fit one GPU
 """
+from configurator import on_stop, stoppable
+
+if __name__ == "__main__":
+    stoppable()
 import contextlib
 import dataclasses
 import functools
@@ -533,10 +537,17 @@ def check_place(key, path, folder):
     where = path if folder else os.path.dirname(path) or "."
     if not folder and os.path.isdir(path):
         raise ValueError(f"{key}={path} is a folder: give the name of a file")
-    while not os.path.lexists(where) and os.path.dirname(where) != where:
-        where = os.path.dirname(where) or "."
-    if not os.path.isdir(where) or not os.access(where, os.W_OK):
-        raise ValueError(f"{key}={path} cannot be written ({where}): choose another with --{key}")
+    missing = None
+    while not os.path.lexists(where):
+        missing, where = where, os.path.dirname(where) or "."
+    try:
+        if not os.path.isdir(where) or not os.access(where, os.W_OK):
+            raise OSError(f"{where} is not a folder that can be written")
+        if missing:                        # some file systems say yes and then refuse
+            os.mkdir(missing)
+            os.rmdir(missing)
+    except OSError as e:
+        raise ValueError(f"{key}={path} cannot be written ({e.strerror or e}): choose another with --{key}") from None
 
 
 def lock(folder):
@@ -584,8 +595,7 @@ class Stop:
 
     def __init__(self):
         self.code = 0
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self)
+        on_stop(self)
 
     def __call__(self, signum, frame):
         if self.code:
@@ -868,3 +878,4 @@ if __name__ == "__main__":
                        show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
                                     wkv_impl=wkv_cuda.BACK_ENDS)))
+    on_stop(signal.SIG_IGN)                # all is done and written: nothing to stop any more

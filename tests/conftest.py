@@ -61,7 +61,7 @@ for line in sys.stdin:
         os.environ.clear()
         os.environ.update(env)
         os.chdir(job["cwd"])
-        signal.alarm(120)
+        signal.alarm(job["seconds"])
         sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
         try:
             runpy.run_path(job["argv"][0], run_name="__main__")
@@ -77,12 +77,35 @@ for line in sys.stdin:
 """
 
 
+class Zygote:
+    """Starts scripts by forking; a context manager."""
+
+    def __enter__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, argv, envs, cwd, files, seconds=120):
+        """A script's command line, in one process for each of the environments `envs` -> CompletedProcess, with the first one's output,
+        which goes to the two `files`; after so many seconds it is killed by SIGALRM."""
+        job = dict(argv=list(map(str, argv)), envs=envs, cwd=str(cwd), stdout=str(files[0]), stderr=str(files[1]), seconds=seconds)
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        said = (open(f, encoding="utf-8", errors="replace").read() for f in files)
+        return subprocess.CompletedProcess(argv, code, *said)
+
+
 @pytest.fixture(scope="session")
 def zygote():
-    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield process
-    process.stdin.close()
-    process.wait()
+    with Zygote() as started:
+        yield started
+
+
+KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")      # of the environment
 
 
 @pytest.fixture
@@ -93,19 +116,14 @@ def run(tmp_path, zygote):
         if "\n" in script:
             (tmp_path / ".code.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\n{script}")
             script = tmp_path / ".code.py"
-        keep = ("PATH", "HOME", "LANG", "TMPDIR", "TORCH_EXTENSIONS_DIR", "VIRTUAL_ENV")
-        env = {k: v for k, v in os.environ.items() if k in keep} | {k: str(v) for k, v in env.items()}
-        argv, files = [os.path.join(ROOT, script), *map(str, options)], [str(tmp_path / name) for name in (".stdout", ".stderr")]
-        envs = [env]
+        env = {k: v for k, v in os.environ.items() if k in KEPT} | {k: str(v) for k, v in env.items()}
+        argv, envs = [os.path.join(ROOT, script), *map(str, options)], [env]
+        if fresh:
+            return subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, errors="replace")
         if ranks > 1:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
             envs = [env | world | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
-        if fresh:
-            return subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
-        zygote.stdin.write(json.dumps(dict(argv=argv, envs=envs, cwd=str(tmp_path), stdout=files[0], stderr=files[1])) + "\n")
-        zygote.stdin.flush()
-        code = int(zygote.stdout.readline())
-        return subprocess.CompletedProcess(argv, code, *(open(f, encoding="utf-8").read() for f in files))
+        return zygote.run(argv, envs, tmp_path, [tmp_path / ".stdout", tmp_path / ".stderr"])
     return call
