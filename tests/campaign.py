@@ -355,8 +355,8 @@ def try_kills(n, rng, report):
         while killed < n:
             shutil.rmtree(cut, ignore_errors=True)
             cut.mkdir()
-            bad, said = "", ""
-            for _ in range(rng.choice([1, 2, 3])):
+            bad, said, tries = "", "", rng.choice([1, 2, 3])
+            for _ in range(tries):
                 more = ["--init_from=resume"] * (cut / "out/ckpt.pt").exists()
                 child = subprocess.Popen([*command, *more], cwd=cut, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                 time.sleep(rng.uniform(0.5, 4.5))
@@ -371,15 +371,15 @@ def try_kills(n, rng, report):
             left = [f.name for f in (cut / "out").iterdir() if f.name.endswith(".tmp")]
             if done.returncode or losses(cut) != wanted or left:
                 bad = bad or "lost"
-            report("kills", bad.split(" ")[0], f"{how.name} {bad}", said + done.stderr[-500:])
+            report("kills", bad.split(" ")[0], f"{how.name} {bad}", said + done.stderr[-500:], tries)
 
 
 def main(part, seed):
     torch.set_num_threads(1)                       # a pool of threads would hang the children that are forked below
     rng, seen, bad = random.Random(seed), collections.Counter(), collections.Counter()
 
-    def report(kind, verdict, name, said):
-        seen[kind] += 1
+    def report(kind, verdict, name, said, tries=1):
+        seen[kind] += tries
         if verdict:
             bad[kind, verdict] += 1
             print(f"{kind}: {verdict}: {name}\n    {said[-600:]}", flush=True)

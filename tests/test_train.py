@@ -57,7 +57,7 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
 @pytest.mark.parametrize("half", [True, False])
 def test_batched_muon_is_torchs_muon(half, monkeypatch):
     """The same steps on tall, wide and square matrices, one of them without a gradient at first, and states that either can go on from."""
-    monkeypatch.setattr(model, "fast_bf16", lambda device: half)
+    monkeypatch.setattr(train, "muon_in_bf16", lambda device: half)
     shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16), (16, 48), (1, 16)]
     options = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
     g = torch.Generator().manual_seed(0)
@@ -80,9 +80,9 @@ def test_batched_muon_is_torchs_muon(half, monkeypatch):
     assert (ours[0] - 1).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("more", [{}, dict(OBJECTIVE="gaussian", DW_JRT=0, SELF_COND=1, EMA=0.9, FREEZE="emb", UNFREEZE_AFTER_STEPS=1, UNFREEZE_PATTERNS=".")])
-def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, more):
-    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=3, EVAL_INTERVAL=10) | more
+@pytest.mark.parametrize("steps,most,more", [(3, 2e-4, {}), (20, 2e-6, dict(OPTIMIZER="adamw")), (3, 2e-4, dict(OBJECTIVE="gaussian", DW_JRT=0, SELF_COND=1, EMA=0.9, FREEZE="emb", UNFREEZE_AFTER_STEPS=1, UNFREEZE_PATTERNS="."))])
+def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, steps, most, more):
+    settings = TINY | dict(DTYPE="fp32", STRUCT_TASK=0, REVERSE_TASK=1, REVERSE_DIGIT_MAX=6, MAX_ITERS=steps, EVAL_INTERVAL=100) | more
     ok(run("train.py", "--out_dir=one", **settings))
     ok(run("train.py", "--out_dir=parts", "--device_bsz=2", **settings))
     if more:
@@ -91,12 +91,12 @@ def test_accumulation_and_two_processes_give_the_same_run(run, tmp_path, more):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
                                os.path.join(ROOT, "train.py"), "--out_dir=two", "--device_bsz=2"], cwd=tmp_path, capture_output=True, text=True,
                               env=os.environ | {k: str(v) for k, v in settings.items()})
-    assert ok(done).count("step 3:") == 1
+    assert ok(done).count(f"step {steps}:") == 1
     one = losses(tmp_path / "one")
     for other in ("parts", "two"):
         assert losses(tmp_path / other).keys() == one.keys()
         for step, loss in losses(tmp_path / other).items():
-            assert loss == pytest.approx(one[step], rel=2e-4), (other, step)
+            assert loss == pytest.approx(one[step], rel=most), (other, step)
 
 
 def test_a_network_in_pieces_learns_the_same(run, tmp_path):
