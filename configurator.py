@@ -358,6 +358,14 @@ class Sink(io.RawIOBase):
     def writable(self):
         return True
 
+    def finish(self, path):
+        """Flushed to disk, it becomes `path`. UserError if anything could not be written."""
+        if self.error:
+            raise UserError(f"{path} of {self.size:,} bytes cannot be written: {self.error.strerror}; what was there before is kept")
+        os.fsync(self.file)
+        os.close(self.file)
+        os.replace(self.path, path)
+
     def write(self, content):
         left = memoryview(content).cast("B")
         self.size += len(left)
@@ -376,11 +384,7 @@ def written(path):
     try:
         sink = Sink(path)
         yield sink
-        if sink.error:
-            raise sink.error
-        os.fsync(sink.file)
-        os.close(sink.file)
-        os.replace(sink.path, path)
+        sink.finish(path)
     except BaseException as error:
         if sink:
             for undo in (lambda: os.close(sink.file), lambda: os.unlink(sink.path)):

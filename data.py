@@ -45,7 +45,7 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from configurator import SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file, written
+from configurator import SettingError, Sink, UserError, configure, nearest, one_line_errors, reading, replace_file, written
 
 # ---- tokenizers: a row of KINDS turns text into ids and back; Tokenizer is what the rest of the code sees ---------------
 
@@ -850,8 +850,11 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     save()
     begun, before = time.perf_counter(), sum(meta[split]["tokens"] for split in SPLITS)
     with tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=f"{tok.kind} tokens") as bar:
-        for split, parts in regions(found, val_share).items():
-            write_split(out, split, parts, tok, meta, len(found) > 1, save, bar)
+        try:
+            for split, parts in regions(found, val_share).items():
+                write_split(out, split, parts, tok, meta, len(found) > 1, save, bar)
+        finally:
+            Path(out, "shard.tmp").unlink(missing_ok=True)
     if text_files(data_path, pattern) != found:
         raise ValueError(f"{data_path} changed while it was read: delete {out} and start again")
     meta["done"] = True
@@ -863,16 +866,14 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
 
 def write_split(out, split, parts, tok, meta, several, save, bar):
     """The shards of one split, from mine["at"] = [region, offset of a piece, tokens of it already written] on."""
-    mine, full, tmp, shard = meta[split], meta["settings"]["shard_tokens"], Path(out, "shard.tmp"), None
+    mine, full, shard = meta[split], meta["settings"]["shard_tokens"], None
     first, offset, skip = mine["at"]
 
     def finish(at):
-        shard.flush()
-        os.fsync(shard.fileno())
-        n = shard.tell() // np.dtype(meta["dtype"]).itemsize
-        shard.close()
+        nonlocal shard
         name = f"{split}_{len(mine['shards']):06d}.bin"
-        os.replace(tmp, Path(out, name))
+        shard.finish(Path(out, name))
+        n, shard = shard.size // np.dtype(meta["dtype"]).itemsize, None
         mine.update(shards=mine["shards"] + [[name, n]], tokens=mine["tokens"] + n, at=at)
         save()
 
@@ -883,8 +884,8 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
             if several and tok.eot_id is not None and at + n == os.path.getsize(path) and not is_jsonl(path):
                 ids = np.append(ids, tok.eot_id)
             while skip < len(ids):
-                if not shard or shard.closed:
-                    shard, room = open(tmp, "wb"), full
+                if not shard:
+                    shard, room = Sink(Path(out, "shard")), full
                 some = ids[skip:skip + room].astype(meta["dtype"])
                 shard.write(some.tobytes())
                 skip, room = skip + len(some), room - len(some)
@@ -895,7 +896,7 @@ def write_split(out, split, parts, tok, meta, several, save, bar):
             bar.update(n)
             skip = 0
         offset = 0
-    if shard and not shard.closed:
+    if shard:
         finish([len(parts), 0, 0])
     mine["at"] = [len(parts), 0, 0]
     save()
@@ -1003,15 +1004,14 @@ def write_pairs(out, split, chunks):
     """(texts, latents (n,D)) chunk by chunk -> the JSON file and the .npy files of a split; the JSON file comes last -> how many."""
     n, folder = 0, Path(out, "latents", split)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(Path(out, f"{split}_data.json.tmp"), "w", encoding="utf-8") as f:
+    with written(Path(out, f"{split}_data.json")) as f:
         for texts, vectors in chunks:
             for text, vector in zip(texts, vectors):
                 np.save(folder / f"{n:06d}.npy", vector.astype(np.float32))
                 entry = json.dumps({"text": text, "latent_path": f"latents/{split}/{n:06d}.npy"}, ensure_ascii=False)
-                f.write((",\n" if n else "[\n") + entry)
+                f.write(((",\n" if n else "[\n") + entry).encode())
                 n += 1
-        f.write("\n]\n" if n else "[]\n")
-    os.replace(Path(out, f"{split}_data.json.tmp"), Path(out, f"{split}_data.json"))
+        f.write(b"\n]\n" if n else b"[]\n")
     return n
 
 

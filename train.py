@@ -707,8 +707,12 @@ def main(cfg):
         if row:
             rows.append(json.dumps(in_json(row)) + "\n")
         if log:
-            log.write("".join(rows))
-            log.flush()
+            try:
+                log.write("".join(rows))
+                log.flush()
+            except OSError as e:
+                raise ValueError(f"{log.name} cannot be written ({e.strerror}): the last checkpoint stays, make room and go on with "
+                                 "--init_from=resume") from None
             rows.clear()
 
     def begin():

@@ -365,3 +365,21 @@ def test_a_terminal_gets_characters_and_no_control(monkeypatch):
     shown = sample.body(tokenizer, ids, ids, 256)
     assert shown == "caf\u00e9 \u241b[31m\u2407!"
     assert "".join(tokenizer.characters(list("\u00e9\u6f22".encode()))) == "\u00e9\u6f22"
+
+
+def test_workers_end_with_their_launcher(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k in KEPT} | {k: str(v) for k, v in TINY.items()}
+    with open(tmp_path / "said", "w") as said:
+        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617",
+                                     os.path.join(ROOT, "train.py"), "--max_iters=1000000"], cwd=tmp_path, env=env, stdout=said, stderr=said)
+    while not (tmp_path / "out/ckpt.pt").exists() and launcher.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.wait()
+    for _ in range(400):
+        left = [pid for pid in children if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()]
+        if not left:
+            break
+        time.sleep(0.05)
+    assert len(children) >= 2 and not left and "launcher of this process is gone" in (tmp_path / "said").read_text()
