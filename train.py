@@ -507,6 +507,8 @@ def check_objective(diff, source, cfg):
         diffusion.read_schedule(diff)
     if cfg.predict == "next" and (name in ("ar", "b3d") or chosen.gaussian):
         raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted where: leave predict out")
+    if cfg.latent_dim and not (chosen.latent or chosen.gaussian):
+        raise ValueError(f"latent_dim={cfg.latent_dim} is not for objective={name}, which knows no latents: leave latent_dim out")
     if chosen.gaussian and nets.direction(cfg) == "block":
         raise ValueError(f"objective={name} denoises whole rows: choose --direction=bidirectional or causal")
     if chosen.causal and (nets.direction(cfg) != "causal" or cfg.dw_jrt):

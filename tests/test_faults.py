@@ -127,7 +127,7 @@ def test_positions_are_whole_numbers():
 # ---- B. work lost or put at risk ----
 
 @pytest.mark.parametrize("options", [["--freeze=."], ["--objective=ar"], ["--weights_path=out"], ["--weights_path=/proc/x/y"],
-                                     ["--device=cuda:9"], ["--n_layer=9999", "--n_embd=65536"], ["--sequential_schedule=x", "--objective=sequential"],
+                                     ["--device=cuda:9"], ["--latent_dim=1"], ["--n_layer=9999", "--n_embd=65536"], ["--sequential_schedule=x", "--objective=sequential"],
                                      ["--unfreeze_patterns=((", "--freeze=emb"]])
 def test_an_error_changes_nothing_in_out_dir(run, tmp_path, options):
     (tmp_path / "out").mkdir()
