@@ -264,10 +264,11 @@ class Tokenizer:
         """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several ids that are one
         character together the first has it, the others are empty."""
         ids, cells = list(map(int, ids)), []
-        while at := len(ids) - len(cells):
-            rest = ids[-at:]
-            n = next((n for n in range(1, min(4, at) + 1) if "\ufffd" not in self.decode(rest[:n])), 1)
-            cells += [visible(self.decode(rest[:n])).replace("\n", "⏎"), *[""] * (n - 1)]
+        while len(cells) < len(ids):
+            rest = ids[len(cells):len(cells) + 4]
+            shown = (self.decode(rest[:n]) for n in range(1, len(rest) + 1))
+            n, text = next(((n, text) for n, text in enumerate(shown, 1) if "\ufffd" not in text), (1, self.decode(rest[:1])))
+            cells += [visible(text).replace("\n", "⏎"), *[""] * (n - 1)]
         return cells
 
     def state(self):

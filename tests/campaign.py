@@ -54,11 +54,11 @@ def options(settings):
 
 
 def keys_of(script):
-    """The keys of a script -> {key: default}."""
+    """The keys of a script -> {key: configurator.Key}."""
     groups = [{"__file__": os.path.join(ROOT, script)}]
     if script == "train.py":
         groups += [nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings()]
-    return {key: row.default for key, row in configurator.merge([configurator.section(g) for g in groups], {}).items()}
+    return configurator.merge([configurator.section(g) for g in groups], {})
 
 
 def values(default):
@@ -68,9 +68,9 @@ def values(default):
 def command_lines(rng):
     """(name, [script, option, ...], environment), in random order, without end."""
     train, sample = keys_of("train.py"), keys_of("sample.py")
-    rows = [("train.py", key, value) for key, default in train.items() for value in values(default)
+    rows = [("train.py", key, value) for key, row in train.items() for value in values(row.default)
             if key not in ("device", "compile") and (key, value) not in ENDLESS]
-    rows += [("sample.py", key, value) for key, default in sample.items() for value in values(default)]
+    rows += [("sample.py", key, value) for key, row in sample.items() for value in values(row.default)]
     rows += [("train.py", "device", value) for value in ("x", "cuda", "cuda:9", "mps", "meta", "")]
     extra = [(["train.py", "config/x.py"], {}), (["train.py", "minus.py"], {}), (["tasks.py", "x"], {}), (["data.py"], {}), (["data.py", "x"], {}),
              (["bench.py", "--suite=text", "--data_path=none.txt", "--quick"], {}), (["bench.py", "--suite=x"], {})]
@@ -87,7 +87,7 @@ def command_lines(rng):
             if script == "train.py":
                 job = rng.choice(list(JOBS))
                 settings = {k: v for k, v in (TINY | JOBS[job]).items() if k != key}
-                more = [f"--{k}={rng.choice(values(train[k]))}" for k in rng.sample(list(train), rng.choice([0, 0, 1])) if k not in ("device", "compile")]
+                more = [f"--{k}={rng.choice(values(train[k].default))}" for k in rng.sample(list(train), rng.choice([0, 0, 1])) if k not in ("device", "compile")]
                 resumed = ["--init_from=resume"] * (rng.random() < 0.15)
                 made.append(([script, *options(settings), *more, *resumed, f"--{key}={value}"], {}))
             else:
@@ -166,7 +166,7 @@ def torch_bytes(content):
     return file.getvalue()
 
 
-def npy(array, **header):
+def npy(array):
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     return file.getvalue()
@@ -174,12 +174,11 @@ def npy(array, **header):
 
 def readers(folder):
     """name -> (the good file, a function that reads it)."""
-    quiet = lambda f: lambda: f()
     text = lambda path, *more: data.TextSource(str(path), 16, *more)
     return {
         "checkpoint": (folder / "text/ckpt.pt", lambda: open_checkpoint(folder / "text/ckpt.pt")),
         "latent checkpoint": (folder / "latent/ckpt.pt", lambda: open_checkpoint(folder / "latent/ckpt.pt")),
-        "text": (folder / "t.txt", quiet(lambda: text(folder / "t.txt", "char"))),
+        "text": (folder / "t.txt", lambda: text(folder / "t.txt", "char")),
         "meta.json": (folder / "tokens/meta.json", lambda: text(folder / "tokens")),
         "shard": (folder / "tokens/train_000000.bin", lambda: text(folder / "tokens").train_rows(0, 4, 0, 4, 1)),
         "pairs json": (folder / "pairs/train_data.json", lambda: data.PairSource(str(folder / "pairs"), 16)),

@@ -1,9 +1,7 @@
 """Kinds of fault that were found by trying, each with an example of every kind; campaign.py looks for more."""
 import io
 import json
-import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -48,8 +46,7 @@ def test_characters_and_loss_are_counted_over_the_same_text(tmp_path):
     assert prepared.val[np.arange(len(prepared.val))].tolist() == source.val.tolist()
     np.array(list("b".encode() * 40_000 + "\u6f22".encode() * 2000), "<u2").tofile(tmp_path / "t.bin")
     bins = data.TextSource("", 32, "byte", data_bin=str(tmp_path / "t.bin"))
-    share = 6000 / 4600 if len(bins.val) < 6000 else 1                     # bytes of the last tenth that are of such characters
-    assert bins.chars_per_token == pytest.approx(1 / 3, rel=0.01) if share >= 1 else True
+    assert len(bins.val) < 6000 and bins.chars_per_token == pytest.approx(1 / 3, rel=0.01)     # all of them of such characters
 
 
 def test_a_run_that_is_further_than_max_iters_is_left_alone(run, tmp_path):
@@ -73,13 +70,7 @@ def test_settings_given_at_a_resume_are_used(run, tmp_path):
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
 def test_every_numeric_key_has_a_range(script):
     from campaign import keys_of
-    groups = [{"__file__": os.path.join(ROOT, script)}]
-    if script == "train.py":
-        import diffusion
-        import tasks
-        groups += [nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings()]
-    keys = configurator.merge([configurator.section(g) for g in groups], {})
-    assert keys.keys() == keys_of(script).keys()
+    keys = keys_of(script)
     without = [key for key, row in keys.items() if type(row.default) in (int, float, tuple) and not row.interval]
     assert not without and all(row.default in row.interval for row in keys.values() if type(row.default) in (int, float))
     assert all(row.interval is None for row in keys.values() if isinstance(row.default, (bool, str)))
@@ -96,13 +87,12 @@ def test_ranges_of_numbers_and_of_lists():
 
 def test_what_is_not_finite_never_becomes_a_checkpoint(run, tmp_path):
     ok(run("train.py", "--max_iters=2", **TINY))
-    before = (tmp_path / "out/ckpt.pt").read_bytes()
     done = run("train.py", "--init_from=resume", "--max_iters=40", "--eval_interval=1", *[f"--{k}=100" for k in (
         "muon_lr", "adam_lr", "wte_lr", "head_lr", "ln_lr")], "--dw_jrt_scale=1e6", "--warmdown_iters=0")
-    if done.returncode:
-        assert "error: " in done.stderr and ("not finite" in done.stderr or "the loss is" in done.stderr or "val_loss" in done.stderr)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
+    assert "not finite" in done.stderr or "the loss is" in done.stderr or "val_loss" in done.stderr
     last = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    assert all(torch.isfinite(v).all() for v in last["model"].values()) and len(before) > 0
+    assert all(torch.isfinite(v).all() for v in last["model"].values())
 
 
 def test_few_windows_give_no_deviation(run, tmp_path):
