@@ -44,7 +44,7 @@ rounds = 3                  # [1, 1000] how often speed is measured, in turn; th
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
-only = ""                   # tasks: rows whose name holds this; text, gaussian, latent: these rows, separated by ; (text: pace = step times)
+only = ""                   # tasks: rows whose name holds this; text, gaussian, latent, gpu: these rows or parts, separated by ; (text: pace = step times)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
@@ -735,7 +735,7 @@ def recurrence_inputs(B, T, H, N, dtype, device):
     return [x.to(dtype).requires_grad_() for x in (normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform())]
 
 
-def gpu_parity(device):
+def gpu_parity(limits, device):
     """Relative errors of the kernels against the definitions in float64 on the same, perhaps rounded, inputs; every output, every gradient."""
     def errors(f, twin, names, x):
         found, wanted = [], []
@@ -863,7 +863,7 @@ def training_step(cfg, batch, T, device):
     with torch.device(device):
         net = nets.Denoiser(cfg)
         x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
-    net.compile()
+    nets.compile_blocks(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
     def step():
@@ -900,12 +900,13 @@ def gpu_training(limits, device):
             found[f"{size} {name}"] = dict(parameters=count, ms=ms, tokens_per_s=speed, memory_bytes=memory, mfu=mfu)
             rows.append([f"{size} {name}", f"{count / 1e6:.0f} M", f"{batch} x {T}", f"{ms:.1f}", f"{speed:.0f}", f"{memory / 2**30:.1f}",
                          f"{mfu:.1%}"])
+            print(f"  {', '.join(rows[-1])}", flush=True)
     table("a training step", ["network", "parameters", "batch", "ms", "tokens/s", "GiB", "MFU"], rows)
     return found
 
 
 @torch.inference_mode()
-def gpu_generation(device):
+def gpu_generation(limits, device):
     """Tokens/s of blocks of 32 after 1024 tokens, 8 denoiser calls and a clean pass each, 124 M parameters, bfloat16 products."""
     n, calls, context = 32, 8, 64 if quick else 1024
     L, C, N, V = (2, 64, 16, 256) if quick else (12, 768, 64, 50304)
@@ -931,18 +932,22 @@ def gpu_generation(device):
     return found
 
 
+GPU_PARTS = {"parity": gpu_parity, "wkv7": gpu_recurrence, "training": gpu_training, "generation": gpu_generation}
+
+
 def suite_gpu():
-    """All that is measured on a GPU. ValueError without one."""
+    """The parts asked for, each kept as soon as it is measured, beside what is on file for this GPU. ValueError without one."""
     if not torch.cuda.is_available():
         raise ValueError("suite=gpu measures a GPU, and torch sees none (nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build of torch)")
-    device, found = "cuda", {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     if reason := wkv_cuda.build("cuda"):
         raise ValueError(f"nothing to measure: {reason}")
-    found["parity"] = gpu_parity(device)
-    found["limits"] = gpu_limits(device)
-    found["wkv7"] = gpu_recurrence(found["limits"], device)
-    found["training"] = gpu_training(found["limits"], device)
-    found["generation"] = gpu_generation(device)
+    found = {"processor": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    with contextlib.suppress(OSError):
+        found = json.load(open(where("gpu", found))) | found
+    limits = found["limits"] = gpu_limits("cuda")
+    for name in chosen(GPU_PARTS):
+        found[name] = GPU_PARTS[name](limits, "cuda")
+        write("gpu", found)
     return found
 
 
@@ -951,13 +956,20 @@ SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "t
           "latent": suite_latent, "gpu": suite_gpu}
 
 
+def where(name, result):
+    """The file of a suite's figures, those of a processor's speed under its name; a quick run must not replace measured ones."""
+    kind = result.get("processor", "") + (f" {32 * result['vector']} bit" if "vector" in result else "")
+    kind = re.sub(r"[^a-z0-9]+", "-", kind.lower())
+    return os.path.join(out, ".".join([name, *filter(None, [kind]), *["quick"] * quick, "json"]))
+
+
 def write(name, result):
-    """Keep a suite's figures as JSON, those of a processor's speed under its name; a quick run must not replace measured ones."""
+    """Keep a suite's figures as JSON -> its path."""
     os.makedirs(out, exist_ok=True)
-    where = re.sub(r"[^a-z0-9]+", "-", f"{result['processor']} {32 * result['vector']} bit".lower()) if "processor" in result else ""
-    path = os.path.join(out, ".".join([name, *filter(None, [where]), *["quick"] * quick, "json"]))
+    path = where(name, result)
     with open(path, "w") as f:
-        json.dump({"suite": name, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}, f, indent=1)
+        head = {"suite": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        json.dump(head | result | head, f, indent=1)
     return path
 
 

@@ -1070,6 +1070,13 @@ def load_weights(model, weights, path):
     model.load_state_dict({k: weights[k].reshape(v.shape).to(v.dtype) if k in weights else v for k, v in own.items()})
 
 
+def compile_blocks(model, on=True):
+    """torch.compile for each block, or take it back. Blocks share their code, so that all but the first few are compiled at once:
+    the whole network would take a minute for every ten layers."""
+    for block in model.blocks:
+        block.compile() if on else setattr(block, "_compiled_call_impl", None)
+
+
 def fast_bf16(device):
     """Does this device multiply bf16 matrices natively?"""
     if device.type == "cuda":

@@ -390,12 +390,12 @@ def autocast(device):
 
 def try_compile(model, device, rows, tell):
     """Compile the network and try it on a batch of that shape; where torch.compile does not work, say so and leave the network as it was."""
-    model.compile()
+    nets.compile_blocks(model)
     try:
         with autocast(device):
             model(torch.zeros(rows, seq_len, dtype=torch.long, device=device)).logits.sum().backward()
     except Exception as e:                 # whatever a compiler, a driver or a version can do
-        model._compiled_call_impl = None
+        nets.compile_blocks(model, False)
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         tell(f"compile=1 does not work here, going on without: {type(e).__name__}: {lines[0] if lines else ''}")
     model.zero_grad(set_to_none=True)
