@@ -16,6 +16,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct alignas(8) float2 { float x, y; };
@@ -31,6 +32,7 @@ struct Fibre {
   bool started;
   int turn;                                              // which of the two slots the next shuffle uses
   uint32_t slot[2][6];
+  std::vector<std::function<void()>> copies;             // asked for, not yet made
 };
 
 inline Index thread, block;
@@ -100,7 +102,7 @@ inline std::vector<unsigned> shuffled(unsigned n, std::mt19937& random) {       
 
 inline void run_block(unsigned threads) {
   std::mt19937 random(order * 7919 + block.x);
-  fibres.assign(threads, Fibre{{}, READY, false, 0, {}});
+  fibres.assign(threads, Fibre{{}, READY, false, 0, {}, {}});
   const auto all = [&](unsigned from, unsigned to, auto is) { return std::all_of(&fibres[from], &fibres[0] + to, is); };
   const auto done = [](const Fibre& f) { return f.state == DONE; };
   while (!all(0, threads, done)) {
@@ -141,6 +143,13 @@ inline uint32_t __float_as_uint(float x) { uint32_t z; std::memcpy(&z, &x, 4); r
 inline uint32_t pack(float low, float high) {            // rounded to nearest, ties to even
   const auto half = [](float x) { const uint32_t z = __float_as_uint(x); return x != x ? 0x7fff : (z + 0x7fff + (z >> 16 & 1)) >> 16; };
   return half(low) | half(high) << 16;
+}
+
+inline void copy16(void* to, const void* from, bool there) {
+  emulator::fibres[emulator::thread.x].copies.push_back([=] { there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); });
+}
+inline void copied() {
+  for (auto& copy : std::exchange(emulator::fibres[emulator::thread.x].copies, {})) copy();
 }
 
 // See gpu.h for what a lane holds.

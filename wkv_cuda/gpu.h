@@ -30,6 +30,14 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// 16 bytes from global to shared memory, zeros unless `there`; both addresses are multiples of 16. They arrive some time before `copied`
+// returns to the thread that asked for them.
+__device__ inline void copy16(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0));
+}
+__device__ inline void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 inline void check(cudaError_t e) {
   if (e != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(e));
 }
@@ -60,10 +68,13 @@ struct Head {
 // The recurrence in wkv7_bf16.cu -> whether that is for such a call: r is bfloat16, and states are returned at chunk starts only.
 bool wkv7_bf16(const Wkv7& p, unsigned half, void* stream);
 
-// Element i of a buffer of float32 or of bfloat16.
-__device__ inline float get(const float* x, bool half, int64_t i) {
-  return half ? __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(x)[i]) << 16) : x[i];
+// Element i of a buffer of float32 or of bfloat16, as it lies there: `half` is a branch for the compiler, and what is computed inside of
+// it waits for the memory, one element after the other. So read first, all that is at hand, and turn it into numbers afterwards.
+__device__ inline uint32_t raw(const float* x, bool half, int64_t i) {
+  return half ? reinterpret_cast<const uint16_t*>(x)[i] : reinterpret_cast<const uint32_t*>(x)[i];
 }
+__device__ inline float number(uint32_t raw, bool half) { return __uint_as_float(half ? raw << 16 : raw); }
+__device__ inline float get(const float* x, bool half, int64_t i) { return number(raw(x, half, i), half); }
 
 __device__ inline void put(float* x, bool half, int64_t i, float z) {
   if (half) reinterpret_cast<uint16_t*>(x)[i] = pack(z, 0);

@@ -69,7 +69,7 @@ template <int N>
 struct Forward : Tile<N, 2, N / 4> {
   using T = Tile<N, 2, N / 4>;
   static constexpr int EACH = STAGE * N / T::THREADS, SHARED = 2 * STAGE * VECTORS * N;
-  float read[VECTORS][EACH];
+  uint32_t read[VECTORS][EACH];
 
   // Elements thread, thread + THREADS, ... of tokens t..t+STAGE-1; after the last token come identity steps.
   __device__ void fetch(const Wkv7& p, unsigned half, const Head& at, int64_t t) {
@@ -81,15 +81,19 @@ struct Forward : Tile<N, 2, N / 4> {
       for (int i = 0; i < EACH; ++i) {
         const int e = i * T::THREADS + threadIdx.x;
         const int64_t token = t + e / N + (x == A_);
-        read[x][i] = from[x] && token < p.T ? get(from[x], half >> bit[x] & 1, at.base + token * at.step + e % N) : 0.f;
+        read[x][i] = from[x] && token < p.T ? raw(from[x], half >> bit[x] & 1, at.base + token * at.step + e % N) : 0;
       }
   }
-  __device__ void put(float* to) const {
+  __device__ void put(unsigned half, float* to) const {
+    const int bit[] = {W, K, B, R, A, V, C};
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int e = i * T::THREADS + threadIdx.x;
 #pragma unroll
-      for (int x = 0; x < VECTORS; ++x) to[(e / N * VECTORS + x) * N + e % N] = x == E_ ? expf(read[x][i]) : read[x][i];
+      for (int x = 0; x < VECTORS; ++x) {
+        const float z = number(read[x][i], half >> bit[x] & 1);
+        to[(e / N * VECTORS + x) * N + e % N] = x == E_ ? expf(z) : z;
+      }
     }
   }
 };
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
     }
     add_up();
     s.fetch(p, half, at, 0);
-    s.put(shared);
+    s.put(half, shared);
   }
   __syncthreads();
   int64_t due = p.every ? 0 : -1;                        // the next state to return
@@ -164,7 +168,7 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
       const float total = add_up();
       if (lane < ROWS) put(p.y, half >> Y & 1, o + row + lane, total);
     }
-    s.put(shared + (1 - now) * STAGE * VECTORS * N);
+    s.put(half, shared + (1 - now) * STAGE * VECTORS * N);
     __syncthreads();
   }
   if (!p.every || p.T == due) s.store(p.s + at.state(p, p.every ? p.T / p.every : 0));
@@ -217,13 +221,22 @@ __global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(co
     const int len = p.T - t0 < CHUNK ? p.T - t0 : CHUNK;
     const float* from[] = {p.w, p.k, p.b, p.r, p.a, p.v, p.sa, p.dy};
     const int bit[] = {W, K, B, R, A, V, SA, DY};
+    constexpr int EACH = CHUNK * N / T::THREADS;
 #pragma unroll
-    for (int x = 0; x < INPUTS; ++x)
-      for (int e = threadIdx.x; e < CHUNK * N; e += T::THREADS) {
-        const int q = e / N, j = e % N;
-        const float z = q < len ? get(from[x], half >> bit[x] & 1, at.base + (t0 + q) * at.step + j) : 0.f;
-        in[(q * INPUTS + x) * N + j] = x == E_ ? expf(z) : z;
+    for (int x = 0; x < INPUTS; ++x) {
+      uint32_t read[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int e = i * T::THREADS + threadIdx.x, q = e / N;
+        read[i] = q < len ? raw(from[x], half >> bit[x] & 1, at.base + (t0 + q) * at.step + e % N) : 0;
       }
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int e = i * T::THREADS + threadIdx.x;
+        const float z = number(read[i], half >> bit[x] & 1);
+        in[(e / N * INPUTS + x) * N + e % N] = x == E_ ? expf(z) : z;
+      }
+    }
     __syncthreads();
     for (int q0 = (len - 1) / GROUP * GROUP; q0 >= 0; q0 -= GROUP) {
       T s[GROUP];                                        // before each token of the group

@@ -21,7 +21,7 @@ constexpr float STRONGEST = 10;
 constexpr int Q = CHUNK + 8;                             // from row to row of 16 x 16 matrices, as P of others: banks do not collide
 
 template <int N>
-struct Chunk {                                           // in shared memory
+struct alignas(16) Chunk {                               // in shared memory
   static constexpr int P = N + 8;
   Half a[CHUNK][P], r[CHUNK][P], b[CHUNK][P], k[CHUNK][P], v[CHUNK][P];                 // a^, r^, b^, k^, V
   Half ak[CHUNK][Q], rb[CHUNK][Q], rk[CHUNK][Q], inverse[CHUNK][Q];                     // AK, RB, RK, (1 - AB)^-1
@@ -33,7 +33,8 @@ struct BackChunk : Chunk<N> {
   using Chunk<N>::P;
   Half sa[CHUNK][P], dy[CHUNK][P], z[CHUNK][P], s[N][P], d[N][P];                       // SA, dY, Z, S^, D^
   Half dab[CHUNK][Q], dak[CHUNK][Q], drb[CHUNK][Q], drk[CHUNK][Q];
-  float rel[CHUNK + 1][P], gw[CHUNK][P], gu[CHUNK][P], gl[CHUNK][P], both[N / 16][N];   // rel[t]: the log-decay from the middle to before t
+  float rel[CHUNK + 1][P], gw[CHUNK][P], gu[CHUNK][P], gl[CHUNK][P], both[N / 16][N];   // rel[t]: the decay from the middle to before t
+  uint32_t cut[2][N];                                    // what `take` returns
 };
 
 __device__ int lane() { return threadIdx.x % 32; }
@@ -84,11 +85,19 @@ struct Rows {
   }
   __device__ void zero() { each([](float& x, float& y, int, int) { x = y = 0; }); }
   __device__ void scale(const float* by) { each([&](float& x, float& y, int, int j) { x *= by[j], y *= by[j + 1]; }); }
-  __device__ void add(const float* from) {
+  __device__ void load(const float* from) {
     each([&](float& x, float& y, int i, int j) {
       const float2 z = *reinterpret_cast<const float2*>(from + i * N + j);
-      x += z.x, y += z.y;
+      x = z.x, y = z.y;
     });
+  }
+  __device__ void add(const float* from) {
+    Rows z;
+    z.load(from);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[n][e] += z.x[n][e];
   }
   __device__ void store(float* to) { each([&](float x, float y, int i, int j) { *reinterpret_cast<float2*>(to + i * N + j) = {x, y}; }); }
   __device__ void factors(uint32_t (&to)[N / 16][4]) const {
@@ -104,37 +113,89 @@ __device__ void multiply_rows(float (&d)[4], const uint32_t (&rows)[N / 16][4], 
   for (int m = 0; m < N / 16; ++m) multiply_transposed(d, rows[m], x + 16 * m, Chunk<N>::P);
 }
 
-// The tokens from t0 on to shared memory; two threads share a channel, each with half of the chunk. After the last token come identity
-// steps. rel: where the log-decays from the middle to before each token are wanted, too.
-template <int N>
-__device__ void take(const Wkv7& p, unsigned half, const Head& at, int64_t t0, Chunk<N>& c, float (*rel)[Chunk<N>::P]) {
-  const int j = threadIdx.x % N, side = threadIdx.x / N;
-  const auto value = [&](const float* x, int bit, int q) {
-    const int64_t t = t0 + 8 * side + q;
-    return t < p.T ? get(x, half >> bit & 1, at.base + t * at.step + j) : 0.f;
-  };
-  float before[9] = {};
-#pragma unroll
-  for (int q = 0; q < 8; ++q) {
-    const float w = value(p.w, W, q);
-    before[q + 1] = before[q] + (w < -STRONGEST ? -STRONGEST : w);                    // a NaN stays one
+// The tokens of a chunk as they lie in global memory, copied to shared memory while the block works on the chunk before. After the last
+// token come identity steps.
+enum { W_, A_, R_, B_, K_, V_, SA_, DY_ };
+template <int N, int VECTORS>
+struct Tokens {
+  static constexpr int SHARED = VECTORS * CHUNK * N * 4;
+  char* raw;
+
+  __device__ static bool half_(unsigned half, int i) {
+    constexpr int bit[] = {W, A, R, B, K, V, SA, DY};
+    return half >> bit[i] & 1;
   }
-  const float middle = side ? 0 : before[8];
-  (side ? c.end : c.start)[j] = expf(before[8]);
+  __device__ char* vector(int i) const { return raw + i * CHUNK * N * 4; }
+
+  template <int BYTES>
+  __device__ static void copy(char* to, const char* from, const Wkv7& p, const Head& at, int64_t t0) {
+    constexpr int PIECES = N * BYTES / 16;               // of a token
 #pragma unroll
-  for (int q = 0; q < 8; ++q) {
-    const int t = 8 * side + q;
-    const float from = before[q] - middle, to = before[q + 1] - middle, grow = expf(-to);
-    c.a[t][j] = half_of(expf(from) * value(p.a, A, q));
-    c.r[t][j] = half_of(expf(to) * value(p.r, R, q));
-    c.b[t][j] = half_of(grow * value(p.b, B, q));
-    c.k[t][j] = half_of(grow * value(p.k, K, q));
-    c.v[t][j] = half_of(value(p.v, V, q));
-    if (rel) {
-      rel[t][j] = from;
-      if (t == CHUNK - 1) rel[CHUNK][j] = to;
+    for (int i = 0; i < BYTES / 2; ++i) {
+      const int e = i * 2 * N + threadIdx.x;
+      const int64_t t = t0 + e / PIECES;
+      const bool there = t >= 0 && t < p.T;
+      copy16(to + 16 * e, from + (at.base + (there ? t : 0) * at.step) * BYTES + e % PIECES * 16, there);
     }
   }
+  __device__ void fetch(const Wkv7& p, unsigned half, const Head& at, int64_t t0) const {
+    const float* from[] = {p.w, p.a, p.r, p.b, p.k, p.v, p.sa, p.dy};
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i)
+      if (half_(half, i)) copy<2>(vector(i), reinterpret_cast<const char*>(from[i]), p, at, t0);
+      else copy<4>(vector(i), reinterpret_cast<const char*>(from[i]), p, at, t0);
+  }
+  // f(q, x) for the eight tokens that a thread turns into numbers: one channel, half of the chunk
+  __device__ static int channel() { return threadIdx.x % N; }
+  __device__ static int side() { return threadIdx.x / N; }
+  template <class F>
+  __device__ void each(unsigned half, int i, F f) const {
+    const int first = side() * 8 * N + channel();
+    float x[8];
+    if (half_(half, i)) {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) x[q] = float_of(reinterpret_cast<const Half*>(vector(i))[first + q * N]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) x[q] = reinterpret_cast<const float*>(vector(i))[first + q * N];
+    }
+#pragma unroll
+    for (int q = 0; q < 8; ++q) f(q, x[q]);
+  }
+};
+
+template <int N> using ForwardTokens = Tokens<N, V_ + 1>;
+template <int N> using BackTokens = Tokens<N, DY_ + 1>;
+
+// A chunk that has been fetched, as the products take it -> bit q: token q of the thread's has a decay below the strongest.
+template <int N, int VECTORS, class C>
+__device__ uint32_t take(const Tokens<N, VECTORS>& x, unsigned half, C& c) {
+  const int j = x.channel(), t = x.side() * 8;
+  float before[9] = {}, e[9], grow[8];                   // e[q]: the decay from the middle to before token q
+  uint32_t cut = 0;
+  x.each(half, W_, [&](int q, float w) {
+    if (w < -STRONGEST) cut |= 1u << q;
+    before[q + 1] = before[q] + (w < -STRONGEST ? -STRONGEST : w);                    // a NaN stays one
+  });
+  const float middle = t ? 0 : before[8];
+  (t ? c.end : c.start)[j] = expf(before[8]);
+#pragma unroll
+  for (int q = 0; q < 9; ++q) e[q] = expf(before[q] - middle);
+#pragma unroll
+  for (int q = 0; q < 8; ++q) grow[q] = expf(middle - before[q + 1]);
+  x.each(half, A_, [&](int q, float a) { c.a[t + q][j] = half_of(e[q] * a); });
+  x.each(half, R_, [&](int q, float r) { c.r[t + q][j] = half_of(e[q + 1] * r); });
+  x.each(half, B_, [&](int q, float b) { c.b[t + q][j] = half_of(grow[q] * b); });
+  x.each(half, K_, [&](int q, float k) { c.k[t + q][j] = half_of(grow[q] * k); });
+  x.each(half, V_, [&](int q, float v) { c.v[t + q][j] = half_of(v); });
+  if constexpr (VECTORS > DY_) {
+    x.each(half, SA_, [&](int q, float sa) { c.sa[t + q][j] = half_of(sa); });
+    x.each(half, DY_, [&](int q, float dy) { c.dy[t + q][j] = half_of(dy); });
+#pragma unroll
+    for (int q = 0; q < 8; ++q) c.rel[t + q][j] = e[q];
+    if (t) c.rel[CHUNK][j] = e[8];
+  }
+  return cut;
 }
 
 // AB, AK, RB and RK, shared out among the warps.
@@ -184,12 +245,17 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
   const int own = 16 * warp();
   Rows<N> s;
   s.zero();
-  if (p.s0) s.add(p.s0 + at.bh * N * N);
+  if (p.s0) s.load(p.s0 + at.bh * N * N);
+  const ForwardTokens<N> next{reinterpret_cast<char*>(&c + 1)};
+  next.fetch(p, half, at, 0);
+  copied();
+  __syncthreads();
   for (int64_t t0 = 0; t0 < p.T; t0 += CHUNK) {
     if (p.mid) s.store(p.mid + at.mid(p, t0 / CHUNK));
     if (p.every && t0 % p.every == 0) s.store(p.s + at.state(p, t0 / p.every));
-    take<N>(p, half, at, t0, c, nullptr);
+    take(next, half, c);
     __syncthreads();
+    next.fetch(p, half, at, t0 + CHUNK);
     pairs(c);
     s.scale(c.start);
     __syncthreads();
@@ -239,6 +305,7 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
       multiply(s.x[n], v, c.k[0] + 8 * n, c.P);
     }
     s.scale(c.end);
+    copied();
     __syncthreads();
   }
   if (!p.every || p.T % p.every == 0) s.store(p.s + at.state(p, p.every ? p.T / p.every : 0));
@@ -254,31 +321,31 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
   const auto add_ds = [&](int64_t n) { if (p.ds) d.add(p.ds + at.state(p, n)); };
   d.zero();
   if (!p.every) add_ds(0);
+  const BackTokens<N> next{reinterpret_cast<char*>(&c + 1)};
+  next.fetch(p, half, at, (at.chunks - 1) * CHUNK);
+  copied();
+  __syncthreads();
   for (int64_t n0 = at.chunks - 1; n0 >= 0; --n0) {
     const int64_t t0 = n0 * CHUNK;
     if (p.every && (t0 + CHUNK) % p.every == 0 && t0 + CHUNK <= p.T) add_ds((t0 + CHUNK) / p.every);
-    take<N>(p, half, at, t0, c, c.rel);
-    for (int e = threadIdx.x; e < CHUNK * N; e += 2 * N) {
-      const int64_t t = t0 + e / N, o = at.base + t * at.step + e % N;
-      c.sa[e / N][e % N] = half_of(t < p.T ? p.sa[o] : 0);
-      c.dy[e / N][e % N] = half_of(t < p.T ? get(p.dy, half >> DY & 1, o) : 0);
-    }
+    Rows<N> s;                                           // the chunk's first state
+    s.load(p.mid + at.mid(p, n0));
+    const uint32_t cut = take(next, half, c);
     __syncthreads();
+    c.cut[next.side()][next.channel()] = cut;
+    next.fetch(p, half, at, t0 - CHUNK);
     pairs(c);
     float both[N / 8][2] = {};                           // sums of D^ S^ over the rows
     d.scale(c.end);
-    d.each([&](float x, float y, int i, int j) {
-      float2 s = *reinterpret_cast<const float2*>(p.mid + at.mid(p, n0) + i * N + j);
-      s.x *= c.start[j], s.y *= c.start[j + 1];
-      *reinterpret_cast<uint32_t*>(&c.s[i][j]) = pack(s.x, s.y);
-      *reinterpret_cast<uint32_t*>(&c.d[i][j]) = pack(x, y);
-      both[j / 8][0] += x * s.x, both[j / 8][1] += y * s.y;
-    });
+    s.scale(c.start);
+    s.each([&](float x, float y, int i, int j) { *reinterpret_cast<uint32_t*>(&c.s[i][j]) = pack(x, y); });
+    d.each([&](float x, float y, int i, int j) { *reinterpret_cast<uint32_t*>(&c.d[i][j]) = pack(x, y); });
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = both[n][e];
+        x = d.x[n][e] * s.x[n][e] + d.x[n][e + 2] * s.x[n][e + 2];
 #pragma unroll
         for (int apart = 4; apart < 32; apart *= 2) x += __shfl_xor_sync(ALL, x, apart);
         if (lane() < 4) c.both[warp()][8 * n + col_of(e)] = x;
@@ -384,8 +451,8 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
         c.gu[t][j] = float_of(c.a[t][j]) * ga[e];
         c.gw[t][j] = float_of(c.r[t][j]) * gr[e] - float_of(c.b[t][j]) * gb[e] - float_of(c.k[t][j]) * gk[e];
         c.gl[t][j] = far[e];
-        const float after = expf(c.rel[t + 1][j]);
-        ga[e] *= expf(c.rel[t][j]), gr[e] *= after, gb[e] /= after, gk[e] /= after;
+        const float after = c.rel[t + 1][j], grow = 1 / after;
+        ga[e] *= c.rel[t][j], gr[e] *= after, gb[e] *= grow, gk[e] *= grow;
       }
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
@@ -397,6 +464,7 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
         put(p.dk, half >> DK & 1, o, gk[e], gk[e + 1]);
       }
     }
+    copied();
     __syncthreads();
     // dw_s: what all W_t with t >= s and U_t with t > s get, and what W_16 gets
     if (threadIdx.x < N) {
@@ -411,7 +479,7 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
         sum += c.gw[t][j];
         if (t0 + t < p.T) {
           const int64_t o = at.base + (t0 + t) * at.step + j;
-          put(p.dw, half >> DW & 1, o, get(p.w, half >> W & 1, o) < -STRONGEST ? 0 : sum);
+          put(p.dw, half >> DW & 1, o, c.cut[t / 8][j] >> t % 8 & 1 ? 0 : sum);
         }
         sum += c.gu[t][j];
       }
@@ -423,8 +491,8 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
 
 template <int N>
 bool run(const Wkv7& p, unsigned half, void* stream) {
-  if (p.back) launch(backward<N>, p.B * p.H, 2 * N, sizeof(BackChunk<N>), stream, p, half);
-  else launch(forward<N>, p.B * p.H, 2 * N, sizeof(Chunk<N>), stream, p, half);
+  if (p.back) launch(backward<N>, p.B * p.H, 2 * N, sizeof(BackChunk<N>) + BackTokens<N>::SHARED, stream, p, half);
+  else launch(forward<N>, p.B * p.H, 2 * N, sizeof(Chunk<N>) + ForwardTokens<N>::SHARED, stream, p, half);
   return true;
 }
 
@@ -432,6 +500,8 @@ bool run(const Wkv7& p, unsigned half, void* stream) {
 
 bool wkv7_bf16(const Wkv7& p, unsigned half, void* stream) {
   if (!(half >> R & 1) || p.every % CHUNK) return false;
+  for (const float* x : {p.w, p.a, p.r, p.b, p.k, p.v, static_cast<const float*>(p.sa), p.dy})
+    if (reinterpret_cast<uintptr_t>(x) % 16) return false;                            // a view that starts anywhere: copy16 takes no such
   switch (p.N) {
     case 16: return run<16>(p, half, stream);
     case 32: return run<32>(p, half, stream);
