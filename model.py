@@ -1071,10 +1071,13 @@ def load_weights(model, weights, path):
 
 
 def compile_blocks(model, on=True):
-    """torch.compile for each block, or take it back. Blocks share their code, so that all but the first few are compiled at once:
-    the whole network would take a minute for every ten layers."""
+    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code, so that it is compiled once
+    for the first and once for all others: the whole network would take a minute for every ten layers."""
+    def compiled(plain):
+        fast = torch.compile(plain)
+        return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
     for block in model.blocks:
-        block.compile() if on else setattr(block, "_compiled_call_impl", None)
+        block._compiled_call_impl = compiled(block._call_impl) if on else None
 
 
 def fast_bf16(device):
