@@ -1074,7 +1074,7 @@ def compile_blocks(model, on=True):
     """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code, so that it is compiled once
     for the first and once for all others: the whole network would take a minute for every ten layers."""
     def compiled(plain):
-        fast = torch.compile(plain)
+        fast = torch.compile(plain, dynamic=False)         # with shapes left open it takes minutes
         return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
     for block in model.blocks:
         block._compiled_call_impl = compiled(block._call_impl) if on else None

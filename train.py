@@ -216,7 +216,7 @@ def open_source(cfg, saved):
     """The data: the chosen task, or data_bin or data_path, with the tokenizer of the checkpoint `saved`, if it has one."""
     old = saved.get("tokenizer")
     if task := tasks.chosen(cfg.as_dict()):
-        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len, trim_rows)
+        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), seq_len, trim_rows and not compile)
     else:
         asked = tokenizer if cfg.given("tokenizer") else ""
         asked = data.agreed(asked, old, "the checkpoint") if old else asked
