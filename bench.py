@@ -864,6 +864,7 @@ def training_step(cfg, batch, T, device):
     with torch.device(device):
         net = nets.Denoiser(cfg)
         x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
+    torch.compiler.reset()                 # what has been compiled for other networks counts towards a limit
     nets.compile_blocks(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
