@@ -45,7 +45,7 @@ rounds = 3                  # [1, 1000] how often speed is measured, in turn; th
 data_path = ""              # ablation, text: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
-only = ""                   # tasks: rows whose name holds this; text, gaussian, latent, gpu: these rows or parts, separated by ; (text: pace = step times)
+only = ""                   # these rows, separated by ; (tasks: rows whose name holds it; text: pace = step times; gpu: parts)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
