@@ -359,9 +359,9 @@ class Sink(io.RawIOBase):
         return True
 
     def finish(self, path):
-        """Flushed to disk, it becomes `path`. UserError if anything could not be written."""
+        """Flushed to disk, it becomes `path`. OSError if anything could not be written."""
         if self.error:
-            raise UserError(f"{path} of {self.size:,} bytes cannot be written: {self.error.strerror}; what was there before is kept")
+            raise self.error
         os.fsync(self.file)
         os.close(self.file)
         os.replace(self.path, path)

@@ -468,8 +468,9 @@ def open_text(path, tokenizer):
         tokenizer = Tokenizer(tokenizer or "byte", alphabet(text) if tokenizer == "char" else "")
     ids = torch.from_numpy(tokenizer.encode(text).astype(np.int32))
     cut = len(ids) * 9 // 10
-    while cut < len(ids) and tokenizer.codec.decode(ids[cut:cut + 8].tolist()).startswith("\ufffd"):     # not within a character
-        cut += 1
+    for cut in range(cut, min(cut + 4, len(ids))):         # a character has at most four parts: not within one
+        if not tokenizer.codec.decode(ids[cut:cut + 8].tolist()).startswith("\ufffd"):
+            break
     return name, tokenizer, ids[:cut], ids[cut:], per_token(tokenizer, ids[cut:].tolist())
 
 
