@@ -474,10 +474,18 @@ def open_text(path, tokenizer):
     return name, tokenizer, ids[:cut], ids[cut:], per_token(tokenizer, ids[cut:].tolist())
 
 
+class Rows(NamedTuple):
+    """B rows of T tokens as sources give them; None where there is no such thing."""
+    x: torch.Tensor                         # (B,T) int64 ids
+    maskable: torch.Tensor                  # (B,T) bool
+    lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
+    z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
+
+
 class TextSource:
     """Text: a file in memory, a folder of `python data.py prepare`, or data_bin and data_val_bin, token files of others (read_bins).
     Rows are random windows of T tokens, any of which may be masked. tokenizer: a Tokenizer, a setting, or "" for what fits."""
-    objective = "masked_mean"
+    kind, objective, latent_dim, projection = "text", "masked_mean", 0, None
 
     def __init__(self, path, T, tokenizer="", data_bin="", data_val_bin="", vocab_size=0):
         self.T = T
@@ -503,7 +511,23 @@ class TextSource:
 
     def windows(self, ids, start):
         x = ids[start[:, None] + torch.arange(self.T)].long()
-        return x, torch.ones_like(x, dtype=torch.bool), None
+        return Rows(x, torch.ones_like(x, dtype=torch.bool))
+
+    def report(self, batches):
+        """Bounds, a list of (rows,) float64 nats per token -> val_loss, their mean, and bits per character, byte and token with
+        standard errors."""
+        nats, means = torch.cat(batches).mean().item(), torch.stack([b.mean() for b in batches])
+        rows, disjoint = sum(map(len, batches)), len(self.val) // self.T        # as many windows share no token
+        se = None                                  # a deviation of a few says nothing
+        if min(disjoint, rows) >= 8:               # mask counts are stratified over a batch, so batches are independent
+            se = means.std() / len(means) ** 0.5 if len(means) > 1 else batches[0].std() / rows**0.5
+            se = se.item()
+        found = {"val_loss": nats, "windows": rows, "disjoint": min(disjoint, rows)}
+        for unit, per_token in (("char", self.chars_per_token), ("byte", self.bytes_per_token), ("token", 1)):
+            if not math.isnan(per_token):          # token files without a vocabulary do not say how many characters they hold
+                bits = 1 / math.log(2) / per_token
+                found |= {f"bits_per_{unit}": nats * bits, f"bits_per_{unit}_se": None if se is None else se * bits}
+        return found
 
 
 class TaskSource:
@@ -512,7 +536,7 @@ class TaskSource:
     Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it over; with `trim`,
     columns that are padding in every row are cut off, since they can change nothing. lengths is None where all rows are full.
     """
-    objective = "task"
+    kind, objective, latent_dim, projection = "task", "task", 0, None
 
     def __init__(self, name, params, T, trim=True):
         tasks.check(name, params, T)
@@ -532,7 +556,12 @@ class TaskSource:
         real = ids != self.tokenizer.ids["#"]                       # no row ends in a # of its own
         lengths = (real * torch.arange(1, self.T + 1)).max(1).values
         longest = int(lengths.max()) if self.trim else self.T
-        return ids[:, :longest], answer[:, :longest], lengths if lengths.min() < longest else None
+        return Rows(ids[:, :longest], answer[:, :longest], lengths if lengths.min() < longest else None)
+
+    def score(self, x, predicted, masked):
+        """Accuracy and exact match of predicted answers, all (B,T) -> {NAME_acc: ..., NAME_exact: ...}."""
+        found = tasks.score(self.name, self.params, *(z.cpu().numpy() for z in (x, predicted, masked)))
+        return {f"{self.name}_{key}": value for key, value in found.items()}
 
 
 def generator(seed, step, stream):
@@ -562,7 +591,7 @@ class PairSource:
     use_latents=False leaves the latents out. skip_missing: entries whose latent file is missing are left out, and counted. ValueError for
     missing, truncated or pickled files, for NaN, latents of several dimensions, and token files of another number of texts.
     """
-    objective = "stage1_coupling"
+    kind, objective = "pairs", "stage1_coupling"
     chars_per_token = bytes_per_token = math.nan
 
     def __init__(self, folder, T, tokenizer="", use_latents=True, skip_missing=False):
@@ -623,7 +652,8 @@ class PairSource:
         lengths = part.lengths[index]
         longest = int(lengths.max())
         x = torch.from_numpy(part.ids[index.numpy(), :longest].astype(np.int64))
-        return x, torch.arange(longest) < lengths[:, None], None if lengths.min() == longest else lengths, torch.from_numpy(part.z[index.numpy()])
+        z = torch.from_numpy(part.z[index.numpy()]) if part.z.shape[1] else None
+        return Rows(x, torch.arange(longest) < lengths[:, None], None if lengths.min() == longest else lengths, z)
 
     def train_rows(self, step, B, lo, hi, seed):
         """Rows lo..hi of the global batch of B, drawn at random."""
@@ -648,47 +678,6 @@ class PairSource:
 def mapped(shape, kind):
     """An array in an unnamed temporary file, which the system drops when nobody uses it any more."""
     return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
-
-
-class Batch(NamedTuple):
-    """A micro-batch of B rows of T tokens; None where there is no such thing."""
-    x: torch.Tensor                         # (B,T) ids
-    masked: torch.Tensor                    # (B,T) bool, what the loss is about
-    weight: torch.Tensor                    # (B,T) of the cross-entropies; Gaussian diffusion: noise levels
-    lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
-    eps: Optional[torch.Tensor] = None      # (B,T,C) normal noise for embeddings
-    z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
-    s: Optional[torch.Tensor] = None        # (B,) their noise levels
-    z_eps: Optional[torch.Tensor] = None    # (B,D) normal noise for them
-
-
-def make_batches(source, noise, stratified, B, device_bsz, seed, start=0, rank=0, world=1, channels=0, latent_dim=0):
-    """Endless: for each step from `start`, this process's micro-batches, a list of Batch, and the denominator(s) of its loss. Noise
-    is drawn for the whole global batch of B rows, of which rank takes its share.
-
-    noise: (step, maskable, t, uniform noise, and with latent_dim z, s) -> masked, weight, denominator, and with latent_dim z, s, as a row
-    of diffusion.OBJECTIVES has it; stratified: diffusion.stratified. eps: with `channels`. z, s, z_eps: with latent_dim, zeros where
-    the source has no latents.
-    """
-    lo, hi = rank * B // world, (rank + 1) * B // world
-    for step in itertools.count(start):
-        x, maskable, lengths, *z = source.train_rows(step, B, lo, hi, seed)
-        g = generator(seed, step, 0)
-        t, u = stratified(B, g)[lo:hi], torch.rand(B, source.T, generator=g)[lo:hi, :x.shape[1]]
-        eps = torch.randn(B, source.T, channels, generator=g)[lo:hi, :x.shape[1]] if channels else None
-        latent, z_eps = (), None
-        if latent_dim:
-            z = z[0] if z and z[0].shape[1] else x.new_zeros(hi - lo, latent_dim, dtype=torch.float32)
-            latent = z, stratified(B, g)[torch.randperm(B, generator=g)][lo:hi]
-            z_eps = torch.randn(B, latent_dim, generator=g)[lo:hi]
-        masked, weight, denominator, *latent = noise(step, maskable, t, u, *latent)
-        weight = torch.as_tensor(weight).expand(masked.shape)
-        yield [Batch(*part) for part in split(device_bsz, x, masked, weight, lengths, eps, *(latent or (None, None)), z_eps)], denominator
-
-
-def split(n, *tensors):
-    """Micro-batches of n rows of tensors that belong together; None stays None."""
-    return zip(*(itertools.repeat(None) if z is None else z.split(n) for z in tensors))
 
 
 def side_by_side(tokenizer, target, masked, pred, width=10**6):

@@ -1,9 +1,10 @@
-"""Text diffusion, masked (absorbing) and Gaussian (on embeddings): noise schedules, objectives, the likelihood bound, samplers.
+"""Text diffusion, masked (absorbing) and Gaussian (on embeddings): noise, objectives, likelihood bounds, samplers.
 
-B batch, T time, V vocabulary, C channels; t in (0, 1] is the noise level, m(t) the share of tokens masked at t, m(1) = 1.
-`denoise` is any callable (ids (B,T), lengths=None, state=None, clean=False, every=None) -> an object with `logits` (B,T,V) and
-`state`, as model.Denoiser is one; only block diffusion uses state, clean and every. Gaussian diffusion calls it as (x_t (B,T,C), t (B,T),
-before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is passed in.
+B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the share of tokens
+that are masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None, clean=False, every=None) that
+returns an object with `logits` (B,T,V) and `state`, such as model.Denoiser; only block diffusion uses state, clean and every.
+Gaussian diffusion calls it as (x_t (B,T,C), t (B,T), before=estimate or None, lengths=None) and reads `vector` (B,T,C) or
+`logits`. Randomness is passed in.
 """
 import functools
 import math
@@ -12,31 +13,32 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass
 class DiffusionConfig:
-    objective: str = ""             # what is noised and how it is weighted; empty = task for a task, masked_mean for text
+    objective: str = ""             # how it is trained; empty = task for a task, masked_mean for text
     schedule: str = "linear"        # masks: masking rate m(t)
-    mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training; the bound is that of independent ones
+    mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
-    noise_shift: float = 6.0        # (0, 1e6] gaussian: at each t the signal's amplitude is this much weaker against the noise
+    noise_shift: float = 6.0        # (0, 1e6] gaussian: the signal's amplitude is this much weaker against the noise
     diffusion_steps: int = 1000     # [0, 1e9] gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
-    diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE of the prediction; mixed = and token_loss_weight * cross-entropy; tokens = that alone
+    diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE; tokens = cross-entropy; mixed = both
     token_loss_weight: float = 1.0  # [0, 1e6] gaussian: of the cross-entropy of the predicted x_0 against the embeddings
-    drop_given: float = 0.1         # [0, 1] gaussian, latents: share of rows without their condition, so that guidance has something to compare with
-    noise_levels: tuple = (1.0,)    # (0, 1] gaussian: curriculum of largest t, as 0.4,0.7,1: each for an equal share of the steps
-    latent_noise_shift: float = 1.0  # (0, 1e6] latents: as noise_shift; their schedule, steps and prediction are those of the Gaussian settings
+    drop_given: float = 0.1         # [0, 1] gaussian, latents: share of rows without their condition, for guidance
+    noise_levels: tuple = (1.0,)    # (0, 1] gaussian: largest t, as 0.4,0.7,1: each for an equal share of the steps
+    latent_noise_shift: float = 1.0  # (0, 1e6] latents: as noise_shift; the rest is as in the Gaussian settings
     text_loss_weight: float = 1.0   # [0, 1e6] latents: of the text's cross-entropy
     latent_loss_weight: float = 1.0  # [0, 1e6] latents: of the latent's MSE
-    sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, one after the other, over and over
-    mode_weights: tuple = (1.0,)    # [0, 1e6] ... a factor on the loss of each of them, as 1,1,0.5; one = the same for all
-    kl_weight: float = 1.0          # [0, 1e6] stage2_variational: of the KL divergence, spread over a text's tokens; 1 = the bound
+    sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, over and over
+    mode_weights: tuple = (1.0,)    # [0, 1e6] ... a factor on the loss of each mode, as 1,1,0.5; one = the same for all
+    kl_weight: float = 1.0          # [0, 1e6] stage2_variational: of the KL, spread over a text's tokens; 1 = the bound
     kl_warmup: int = 0              # [0, 1e12] ... steps over which it rises from 0
-    free_bits: float = 0.5          # [0, 1e6] ... nats of KL a text that each dimension has for nothing: without them z is soon ignored
-    geom_weight: float = 0.0        # [0, 1e6] ... of the distances: those between latents should follow those between texts
+    free_bits: float = 0.5          # [0, 1e6] ... nats of KL per text that each dimension has for nothing
+    geom_weight: float = 0.0        # [0, 1e6] ... distances between latents should follow those between texts
 
 
 def trained_with(config):
@@ -44,7 +46,7 @@ def trained_with(config):
     return DiffusionConfig(**{f.name: config[f.name] for f in fields(DiffusionConfig) if f.name in config})
 
 
-# ---- schedules: t -> (m(t), m'(t)), with m(0) = 0 and m(1) = 1 ----
+# ---- masking rates: t -> (m(t), m'(t)), with m(0) = 0 and m(1) = 1 ----
 
 
 def linear(t):
@@ -59,16 +61,45 @@ def cosine(t):
 
 def sigmoid(t, width=3.0):
     """m(t) = a sigmoid between -width and width, rescaled to run from 0 to 1 (Jabri et al. 2023)."""
-    s, lo, hi = torch.sigmoid(width * (2 * t - 1)), torch.sigmoid(t.new_tensor(-width)), torch.sigmoid(t.new_tensor(width))
+    s = torch.sigmoid(width * (2 * t - 1))
+    lo, hi = torch.sigmoid(t.new_tensor(-width)), torch.sigmoid(t.new_tensor(width))
     return (s - lo) / (hi - lo), 2 * width * s * (1 - s) / (hi - lo)
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 
 
-def stratified(n, generator):
-    """n noise levels in (0, 1], one in each n-th of the interval (low discrepancy: VDM, arXiv 2107.00630, app. I)."""
-    return 1 - (torch.rand((), generator=generator) + torch.arange(n)) / n % 1
+# ---- which tokens of a row are masked together: (u (B,T) uniform, maskable (B,T), span) -> u (B,T); the lowest first ----
+
+
+def independent(u, maskable, span):
+    """Each token by itself: the forward process that the bounds are about."""
+    return u
+
+
+def spans(u, maskable, span):
+    """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv 1907.10529).
+
+    Each token is still masked with probability m(t): whether a run begins is told by a uniform number of its own.
+    """
+    begins = second_uniform(u) < 1 / span
+    begins[:, 0] = True
+    first = torch.where(begins, torch.arange(u.shape[1]), 0).cummax(1).values
+    return u.gather(1, first)
+
+
+def suffix(u, maskable, span):
+    """The last m(t) of each row: what a text needs that goes on from a prompt."""
+    rank = maskable.long().cumsum(1)
+    return 1 - (rank - u[:, :1]) / rank[:, -1:].clamp_min(1)
+
+
+MASK_POLICIES = {"independent": independent, "spans": spans, "suffix": suffix}
+
+
+def second_uniform(u):
+    """Uniform numbers that do not depend on the uniform numbers u: their lower digits."""
+    return u * 4096 % 1
 
 
 def mask_tokens(x, masked, mask_id):
@@ -76,181 +107,357 @@ def mask_tokens(x, masked, mask_id):
     return x.masked_fill(masked, mask_id)
 
 
-# ---- which tokens of a row are masked together: (noise (B,T) uniform, maskable (B,T), span) -> noise (B,T); the lowest is masked first ----
+# ---- what a step of training gets ----
 
 
-def independent(noise, maskable, span):
-    """Each token by itself: the forward process that the bounds are about."""
-    return noise
+class Batch(NamedTuple):
+    """Noised rows, B of T tokens; None where there is no such thing."""
+    x: Tensor                          # (B,T) ids, without noise
+    masked: Tensor                     # (B,T) bool, what the loss is about
+    weight: Tensor                     # (B,T) of the cross-entropies; Gaussian diffusion: noise levels
+    lengths: Optional[Tensor] = None   # (B,) real tokens, None where all rows are full
+    eps: Optional[Tensor] = None       # (B,T,C) normal noise for embeddings
+    z: Optional[Tensor] = None         # (B,D) latents, rows of zeros for none
+    s: Optional[Tensor] = None         # (B,) their noise levels
+    z_eps: Optional[Tensor] = None     # (B,D) normal noise for them
+
+    def to(self, device):
+        return Batch(*(z if z is None else z.to(device, non_blocking=True) for z in self))
 
 
-def spans(noise, maskable, span):
-    """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv 1907.10529); each token is still
-    masked with probability m(t). A run begins where the noise's lower digits, independent of the upper ones, say so."""
-    begins = digits(noise) < 1 / span
-    begins[:, 0] = True
-    first = torch.where(begins, torch.arange(noise.shape[1]), 0).cummax(1).values
-    return noise.gather(1, first)
+def split(n, *tensors):
+    """Tensors that belong together, or None, -> tuples of n rows of each."""
+    count = next(-(-len(z) // n) for z in tensors if z is not None)
+    return zip(*([None] * count if z is None else z.split(n) for z in tensors))
 
 
-def suffix(noise, maskable, span):
-    """The last m(t) of each row: what a text needs that goes on from a prompt."""
-    rank = maskable.long().cumsum(1)
-    return 1 - (rank - noise[:, :1]) / rank[:, -1:].clamp_min(1)
+def stratified(n, generator):
+    """n noise levels in (0, 1], one in each n-th of the interval (low discrepancy: VDM, arXiv 2107.00630, app. I)."""
+    return 1 - (torch.rand((), generator=generator) + torch.arange(n)) / n % 1
 
 
-MASK_POLICIES = {"independent": independent, "spans": spans, "suffix": suffix}
+class Draw:
+    """The random numbers of one step for rows lo..hi of the global batch of B rows of T tokens.
 
-# ---- noise: (maskable (B,T) bool, t (B,), noise (B,T) uniform, cfg, n) -> masked (B,T) bool, weight, denominator ----
-# The loss is the sum over masked tokens of weight * cross-entropy, divided by the denominator summed over the whole global
-# batch: so it is the same however the batch is cut into micro-batches and processes. cfg: a DiffusionConfig; n: block size.
-
-
-def masked_mean(maskable, t, noise, cfg, n):
-    """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
-    masked = maskable & (together(noise, maskable, cfg) < SCHEDULES[cfg.schedule](t)[0][:, None])
-    return masked, 1.0, masked.sum()
-
-
-def elbo(maskable, t, noise, cfg, n):
-    """MDLM's bound (arXiv 2406.07524, eq. 10) in nats a token: cross-entropy weighted by m'(t) / m(t). t may be (B,T), too."""
-    rate, slope = SCHEDULES[cfg.schedule](t.view(len(t), -1))
-    return maskable & (together(noise, maskable, cfg) < rate), slope / rate, maskable.sum()
-
-
-def together(noise, maskable, cfg):
-    return MASK_POLICIES[cfg.mask_policy](noise, maskable, cfg.mask_span)
-
-
-def everything(maskable, t, noise, cfg, n):
-    """All maskable tokens, mean cross-entropy: a task's answer in one step; a text token by token."""
-    return maskable, 1.0, maskable.sum()
-
-
-def block_elbo(maskable, t, noise, cfg, n):
-    """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8), a noise level for each block; a tenth of the
-    blocks is fully masked, as every block is when its denoising starts."""
-    T = maskable.shape[1]
-    golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2    # well spread over a row's blocks, too
-    u = ((t[:, None] + golden) % 1).float()
-    t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3)).repeat_interleave(n, 1)[:, :T]
-    return elbo(maskable, t, noise, cfg, n)
-
-
-def block_mean(maskable, t, noise, cfg, n):
-    """The same masks, but the mean cross-entropy of the masked tokens: the bound's weights 1 / t let single tokens rule a step's gradient,
-    and what is trained so has the worse bound (BD3-LM clips t for the same reason)."""
-    masked, _, _ = block_elbo(maskable, t, noise, cfg, n)
-    return masked, 1.0, masked.sum()
-
-
-def digits(noise):
-    """From uniform numbers others, independent of them: their lower digits."""
-    return noise * 4096 % 1
-
-
-def gaussian_noise(maskable, t, noise, cfg, n, z=None, s=None):
-    """Gaussian noise instead of masks; the weight is each token's noise level, 0 for what is given. Given is what may not be masked; in
-    a text, where all may, a random share, which mask_policy chooses. A share drop_given of the rows is noised whole, and has no latent:
-    with latents z (B,D), given clean, those are returned, too, and their levels s."""
-    dropped = digits(noise[:, :1]) < cfg.drop_given
-    text = maskable.all(1, keepdim=True)
-    masked = maskable & (~text | dropped | (together(noise, maskable, cfg) < digits(noise[:, -1:])))
-    latent = () if z is None else (z * ~dropped, torch.zeros_like(s))
-    return masked, t[:, None] * (masked | dropped), masked.sum(), *latent
-
-
-# ---- logits: (denoise, x (B,T), masked (B,T), mask_id, n, lengths) -> (B,T,V), what an objective predicts each token with ----
-
-
-def whole_logits(denoise, x, masked, mask_id, n=0, lengths=None):
-    """The whole row is seen, its masked tokens are predicted."""
-    return denoise(mask_tokens(x, masked, mask_id), lengths=lengths).logits
-
-
-def next_logits(denoise, x, masked, mask_id, n=0, lengths=None):
-    """Each token from those before it, for causal networks: the mask as the start of the text, then all tokens but the last."""
-    return denoise(F.pad(x[:, :-1], (1, 0), value=mask_id), lengths=lengths).logits
-
-
-def block_logits(denoise, x, masked, mask_id, n, lengths=None):
-    """Every block given the clean blocks before it: block diffusion whose training state is its inference state. Rows must be full.
-
-    One clean pass gives the state at each block's start; all noisy blocks then go on from there at once, B * ceil(T / n) short
-    rows. A block sees exactly what it sees when a text is generated block by block.
+    They are drawn for all B rows, so that a row's noise does not depend on which process has it.
     """
-    B, T = x.shape
-    states = denoise(x, every=n).state
-    noisy = F.pad(mask_tokens(x, masked, mask_id), (0, -T % n), value=mask_id).view(-1, n)
-    lengths = None if T % n == 0 else torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
-    return denoise(noisy, state=states, lengths=lengths).logits.view(B, -(-T // n) * n, -1)[:, :T]
+
+    def __init__(self, generator, B, lo, hi, T):
+        self.generator, self.B, self.mine, self.T = generator, B, slice(lo, hi), T
+
+    def levels(self):
+        """(hi-lo,) noise levels, stratified over the global batch."""
+        return stratified(self.B, self.generator)[self.mine]
+
+    def shuffled_levels(self):
+        """The same in random order: independent of what `levels` gave."""
+        levels = stratified(self.B, self.generator)
+        return levels[torch.randperm(self.B, generator=self.generator)][self.mine]
+
+    def uniform(self, columns):
+        """(hi-lo, columns): rows that have been cut see the numbers that they would have seen whole."""
+        return torch.rand(self.B, self.T, generator=self.generator)[self.mine, :columns]
+
+    def normal(self, columns, channels):
+        """(hi-lo, columns, channels)."""
+        return torch.randn(self.B, self.T, channels, generator=self.generator)[self.mine, :columns]
+
+    def normal_latent(self, dimensions):
+        """(hi-lo, dimensions)."""
+        return torch.randn(self.B, dimensions, generator=self.generator)[self.mine]
 
 
-def b3d_logits(denoise, x, masked, mask_id, n, lengths=None):
-    """The same from one causal stream [masked][masked][clean] a block, read at the second copy (B3D-RWKV, arXiv 2605.25969); here
-    the state a block starts from has seen the masked copies before it as well. For causal networks."""
-    B, T = x.shape
-    blocks = lambda z: F.pad(z, (0, -T % n), value=mask_id).view(B, -1, n)
-    noisy = blocks(mask_tokens(x, masked, mask_id))
-    stream = torch.stack([noisy, noisy, blocks(x)], 2)
-    return denoise(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])[:, :, 1].flatten(1, 2)[:, :T]
-
-
-def loss(logits, denoise, x, masked, weight, mask_id, n=0, lengths=None):
-    """Sum over the masked tokens of weight * cross-entropy (nats); weight broadcastable to (B,T)."""
-    nats = F.cross_entropy(logits(denoise, x, masked, mask_id, n, lengths)[masked], x[masked], reduction="none")
-    return (nats * torch.as_tensor(weight, device=x.device).expand(masked.shape)[masked]).sum()
-
-
-# ---- bounds: (denoise, x (B,T) full rows, mask_id, generator, n) -> nats a token of each row, (B,), for reporting ----
+# ---- likelihood bounds: random masks whose weighted cross-entropies add up to the bound ----
 
 
 def exact_count(B, T, generator, lengths=None):
-    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights
-    that make a sum of cross-entropies an unbiased estimate of the bound on -log p(x) / T.
+    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights that make a sum of cross-entropies an unbiased
+    estimate of the bound on -log p(x) / T.
 
-    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and takes the
-    mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t of the ELBO under every
-    schedule, with far less variance than random mask rates.
+    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and takes
+    the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t of the ELBO under
+    every schedule, with far less variance than random mask rates.
     """
     k = (stratified(B, generator) * (T if lengths is None else lengths)).ceil().clamp(min=1)
-    noise = torch.rand(B, T, generator=generator)
+    order = torch.rand(B, T, generator=generator)
     if lengths is not None:
-        noise = noise.masked_fill(torch.arange(T) >= lengths[:, None], 2)
-    masked = noise.argsort(1).argsort(1) < k[:, None]
+        order = order.masked_fill(torch.arange(T) >= lengths[:, None], 2)
+    masked = order.argsort(1).argsort(1) < k[:, None]
     return masked, masked / k[:, None]
 
 
-def summed(logits, x, weight):
-    return (F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x) * weight).sum(1)
+def weighted_nats(logits, x, weight):
+    """-> (B,), the sum over each row of weight (B,T) * cross-entropy of x (B,T)."""
+    nats = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
+    return (nats * weight).sum(1)
 
 
-def whole_bound(denoise, x, mask_id, generator, n=0):
-    masked, weight = exact_count(*x.shape, generator)
-    masked = masked.to(x.device)
-    return summed(whole_logits(denoise, x, masked, mask_id), x, masked * weight.to(x.device))
+# ---- objectives ----
 
 
-def exact_nll(denoise, x, mask_id, generator=None, n=0):
-    """No bound: -log p(x) / T itself."""
-    return summed(next_logits(denoise, x, None, mask_id), x, 1 / x.shape[1])
+class Objective:
+    """One way to train and to use a network. A new one: a subclass and its row in OBJECTIVES.
+
+    cfg: DiffusionConfig; net_cfg: the network's ModelConfig; steps: of the whole training, for schedules.
+    """
+    defaults = {}            # of other settings, where the user gives none
+    sources = ("text", "task")  # kinds of data that it can learn from
+    samplers = ("confidence", "topk", "ancestral", "first_hitting", "block")   # that fit; the first is the default
+    modes, latent_samplers = (), ()   # what sample.py can do with latents, and by which samplers; the first is the default
+    terms = ()               # names of the loss terms, each with a denominator of its own; none: it is one sum
+    gaussian = False         # is noise put on embeddings?
+    latents = False          # does it learn texts together with latents?
+    causal = False           # is it for networks that see only what is before?
+    uses_all = True          # does every step use every parameter? (DistributedDataParallel must know)
+    eval_batches = math.inf  # at most so many batches of text are evaluated
+
+    def __init__(self, cfg, net_cfg, steps=1):
+        self.cfg, self.net_cfg, self.steps, self.mask_id = cfg, net_cfg, steps, net_cfg.vocab_size
+
+    # -- what it asks for, and refuses --
+
+    @classmethod
+    def check_source(cls, name, kind, path):
+        """ValueError where data of this kind (task, text, pairs: texts with latents) cannot be learned so."""
+        if kind in cls.sources:
+            return
+        if kind == "task":
+            raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
+        others = ", ".join(key for key, row in OBJECTIVES.items() if "pairs" in row.sources)
+        raise ValueError(f"objective={name} is not for data_path={path or 'empty'}: texts with latents (python data.py latents "
+                         f"--out=FOLDER) go with {others}, plain text with the others")
+
+    @classmethod
+    def added(cls, was, asked, name, start):
+        """The keys of ModelConfig that this objective sets anew in a network whose checkpoint has the config `was`, a dict, empty
+        for a fresh start. asked: the ModelConfig wanted; start: what the run starts from. ValueError where it cannot."""
+        return ()
+
+    def check(self, direction):
+        """ValueError where it would measure nothing meaningful on this network, which runs in that direction."""
+        name, net = self.cfg.objective, self.net_cfg
+        if self.gaussian != net.gaussian:
+            raise ValueError(f"objective={name} needs a network with gaussian={int(self.gaussian)}: leave gaussian out, "
+                             "or start with --init_from=scratch")
+        if net.predict == "next" and (self.causal or self.gaussian):
+            raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted where: "
+                             "leave predict out")
+        if net.latent_dim and "pairs" not in self.sources:
+            raise ValueError(f"latent_dim={net.latent_dim} is not for objective={name}, which knows no latents: leave latent_dim out")
+        if self.causal and (direction != "causal" or net.dw_jrt):
+            raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
+
+    @staticmethod
+    def prepare(net, source):
+        """A new network takes from the data the mean and the scale of the training latents, if there are any -> net."""
+        if net.cfg.latent_dim and source.latent_dim:
+            mean, std = source.moments()
+            net.latent_prefix.mean.copy_(mean)
+            net.latent_prefix.std.copy_(std)
+        return net
+
+    # -- training --
+
+    def noise(self, rows, draw, step):
+        """rows: data.Rows; draw: Draw -> a Batch, and the denominators of the loss terms, a tensor (terms,) or ().
+
+        A loss is a sum divided by its denominator, which is summed over the whole global batch: so it is the same however the
+        batch is cut into micro-batches and processes.
+        """
+        raise NotImplementedError
+
+    def loss(self, net, batch, step):
+        """-> the sums over the batch, (terms,) or ()."""
+        raise NotImplementedError
+
+    def unused(self, step):
+        """A regular expression: the parameters that this step does not use, which are frozen meanwhile; "" for none."""
+        return ""
+
+    def describe(self, step):
+        """What the log says of this step."""
+        return {}
+
+    # -- evaluation and sampling --
+
+    def evaluate(self, net, source, rows, generator, size):
+        """rows: held-out data.Rows, `size` at a time -> {"val_loss": nats, ...}, and (target, masked, predicted) to show, each (T,)."""
+        raise NotImplementedError
+
+    def fill(self, net, x, known, generator, sampler="", **options):
+        """x (B,T) -> x with what is not known (B,T) sampled. options: those of the samplers, and guidance."""
+        raise NotImplementedError
 
 
-def block_bound(denoise, x, mask_id, generator, n, logits=block_logits):
-    """The sum of the blocks' own exact-count bounds; with n = 1 it is -log p(x) / T itself."""
-    (B, T), sizes = x.shape, torch.tensor([n] * (x.shape[1] // n) + [x.shape[1] % n] * (x.shape[1] % n > 0))
-    parts = [exact_count(B * int((sizes == size).sum()), int(size), generator) for size in sizes.unique().flip(0)]
-    join = lambda i: torch.cat([part[i].reshape(B, -1) for part in parts], 1).to(x.device)
-    masked, weight = join(0), join(1) * sizes.repeat_interleave(sizes).to(x.device) / T
-    return summed(logits(denoise, x, masked, mask_id, n), x, masked * weight)
+class Masked(Objective):
+    """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
+    layout = "block"         # how its samplers lay out a block, see `block`
+
+    def noise(self, rows, draw, step):
+        t, u = draw.levels(), draw.uniform(rows.x.shape[1])
+        masked, weight, total = self.mask(rows.maskable, t, u)
+        return Batch(rows.x, masked, torch.as_tensor(weight).expand(masked.shape), rows.lengths), total
+
+    def mask(self, maskable, t, u):
+        """maskable (B,T), t (B,) levels, u (B,T) uniform -> masked (B,T), the weight of each cross-entropy, the denominator."""
+        masked = maskable & (self.policy(u, maskable) < SCHEDULES[self.cfg.schedule](t)[0][:, None])
+        return masked, 1.0, masked.sum()
+
+    def policy(self, u, maskable):
+        return MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span)
+
+    def logits(self, net, x, masked, lengths=None):
+        """-> (B,T,V), what each masked token is predicted with: the whole row is seen."""
+        return net(mask_tokens(x, masked, self.mask_id), lengths=lengths).logits
+
+    def loss(self, net, batch, step=0):
+        """The sum over the masked tokens of weight * cross-entropy, nats."""
+        logits = self.logits(net, batch.x, batch.masked, batch.lengths)
+        nats = F.cross_entropy(logits[batch.masked], batch.x[batch.masked], reduction="none")
+        return (nats * batch.weight[batch.masked]).sum()
+
+    def bound(self, net, x, generator):
+        """Full rows x (B,T) -> an upper bound on -log p(x) / T of each, (B,) nats per token."""
+        masked, weight = exact_count(*x.shape, generator)
+        masked = masked.to(x.device)
+        return weighted_nats(self.logits(net, x, masked), x, masked * weight.to(x.device))
+
+    @torch.no_grad()
+    def evaluate(self, net, source, rows, generator, size):
+        if source.kind == "task":
+            return self.evaluate_answers(net, source, rows, size)
+        x = rows.x
+        metrics = source.report([self.bound(net, part, generator).double().cpu() for part in x.split(size)])
+        masked = (torch.rand(x[0].shape, generator=generator) < 0.3).to(x.device)
+        filled = net(mask_tokens(x[:1], masked, self.mask_id)).logits[0].argmax(-1)
+        return metrics, (x[0], masked, torch.where(masked, filled, x[0]))
+
+    def evaluate_answers(self, net, source, rows, size):
+        """A task's answers, all of a row's tokens in one step: loss, accuracy, exact match."""
+        x, masked, lengths, _ = rows
+        logits = torch.cat([self.logits(net, *part) for part in split(size, x, masked, lengths)])
+        predicted = torch.where(masked, logits.argmax(-1), x)
+        loss = F.cross_entropy(logits[masked], x[masked]).item()
+        return {"val_loss": loss, **source.score(x, predicted, masked)}, (x[0], masked[0], predicted[0])
+
+    def fill(self, net, x, known, generator, sampler="", guidance=1.0, block_size=0, eot=None, **options):
+        """block_size: 0 = as trained; eot: the id after which a row gets nothing else, for samplers that go on from a state."""
+        name = sampler or self.samplers[0]
+        if name in STATEFUL and guidance != 1:
+            raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a state: leave it at 1")
+        if name in STATEFUL:
+            options["eot"] = eot
+        if name == "block":
+            options |= dict(block_size=block_size or self.net_cfg.block_size, layout=self.layout)
+        return SAMPLERS[name](guided(net, known, self.mask_id, guidance), x, known, self.mask_id, generator, **options)
+
+
+class Elbo(Masked):
+    """MDLM's bound (arXiv 2406.07524, eq. 10), nats per token: cross-entropy weighted by m'(t) / m(t)."""
+
+    def mask(self, maskable, t, u):
+        rate, slope = SCHEDULES[self.cfg.schedule](t.view(len(t), -1))         # t may be (B,T), too
+        return maskable & (self.policy(u, maskable) < rate), slope / rate, maskable.sum()
+
+
+class Task(Masked):
+    """All maskable tokens are masked, mean cross-entropy: a task's answer in one step."""
+
+    def mask(self, maskable, t, u):
+        return maskable, 1.0, maskable.sum()
+
+
+class NextToken(Task):
+    """Autoregressive: each token from those before it, for causal networks. Its bound is exact."""
+    sources, samplers, causal = ("text",), ("ar",), True
+
+    def logits(self, net, x, masked, lengths=None):
+        """The mask stands for the start of the text, then come all tokens but the last."""
+        return net(F.pad(x[:, :-1], (1, 0), value=self.mask_id), lengths=lengths).logits
+
+    def bound(self, net, x, generator=None):
+        """-log p(x) / T itself."""
+        return weighted_nats(self.logits(net, x, None), x, 1 / x.shape[1])
+
+
+class Blocks(Masked):
+    """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean cross-entropy: the bound's
+    weights 1 / t let single tokens rule a step's gradient, and what is trained so has the worse bound."""
+    sources, samplers = ("text",), ("block", *Masked.samplers[:-1])
+    defaults = {"dw_jrt_inject": "gate"}       # the form of DW-JRT that keeps the state which crosses blocks
+
+    def check(self, direction):
+        super().check(direction)
+        if self.cfg.mask_policy == "suffix":
+            raise ValueError(f"mask_policy=suffix masks the end of a whole row, objective={self.cfg.objective} masks in each block: "
+                             "choose spans or independent")
+
+    def levels(self, t, T):
+        """t (B,) -> (B,T), a level for each block; a tenth of the blocks is fully masked, as all are when their denoising starts."""
+        n = self.net_cfg.block_size
+        golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2    # well spread over a row's blocks, too
+        u = ((t[:, None] + golden) % 1).float()
+        t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3))
+        return t.repeat_interleave(n, 1)[:, :T]
+
+    def mask(self, maskable, t, u):
+        rate = SCHEDULES[self.cfg.schedule](self.levels(t, maskable.shape[1]))[0]
+        masked = maskable & (self.policy(u, maskable) < rate)
+        return masked, 1.0, masked.sum()
+
+    def logits(self, net, x, masked, lengths=None):
+        """Every block given the clean blocks before it. Rows must be full.
+
+        One clean pass gives the state at each block's start; all noisy blocks then go on from there at once, as
+        B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by block.
+        """
+        (B, T), n = x.shape, self.net_cfg.block_size
+        states = net(x, every=n).state
+        noisy = F.pad(mask_tokens(x, masked, self.mask_id), (0, -T % n), value=self.mask_id).view(-1, n)
+        lengths = None
+        if T % n:
+            lengths = torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
+        return net(noisy, state=states, lengths=lengths).logits.view(B, -(-T // n) * n, -1)[:, :T]
+
+    def bound(self, net, x, generator):
+        """The sum of the blocks' own bounds; with blocks of one token it is -log p(x) / T itself."""
+        (B, T), n = x.shape, self.net_cfg.block_size
+        sizes = torch.tensor([n] * (T // n) + [T % n] * (T % n > 0))
+        parts = [exact_count(B * int((sizes == size).sum()), int(size), generator) for size in sizes.unique().flip(0)]
+        masked, weight = (torch.cat([part[i].reshape(B, -1) for part in parts], 1).to(x.device) for i in range(2))
+        weight = weight * sizes.repeat_interleave(sizes).to(x.device) / T
+        return weighted_nats(self.logits(net, x, masked), x, masked * weight)
+
+
+class BlockElbo(Blocks):
+    """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8)."""
+
+    def mask(self, maskable, t, u):
+        return Elbo.mask(self, maskable, self.levels(t, maskable.shape[1]), u)
+
+
+class B3D(Blocks):
+    """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV, arXiv 2605.25969); here
+    the state that a block starts from has seen the masked copies before it as well. For causal networks."""
+    causal, defaults, layout = True, {}, "b3d"
+
+    def logits(self, net, x, masked, lengths=None):
+        (B, T), n = x.shape, self.net_cfg.block_size
+        blocks = lambda z: F.pad(z, (0, -T % n), value=self.mask_id).view(B, -1, n)
+        noisy = blocks(mask_tokens(x, masked, self.mask_id))
+        stream = torch.stack([noisy, noisy, blocks(x)], 2)
+        logits = net(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])
+        return logits[:, :, 1].flatten(1, 2)[:, :T]
+
 
 
 # ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
-# Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1. Closed forms, so that t may be continuous.
+# Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1. Closed forms: t may be continuous.
 
 
 def linear_beta(t):
-    """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t + 9.95 t^2)) (arXiv 2011.13456)."""
+    """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t + 9.95 t^2)) (arXiv
+    2011.13456)."""
     return torch.exp(-(0.1 * t + 9.95 * t**2))
 
 
@@ -269,11 +476,12 @@ BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmo
 
 
 def abar(t, cfg):
-    """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of cfg.diffusion_steps steps, if any.
-    ValueError for t outside.
+    """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of cfg.diffusion_steps steps, if
+    any. ValueError for t outside.
 
-    With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093, section 2.1). An embedding
-    of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its amplitude: unshifted, most levels teach nothing.
+    With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093, section 2.1). An
+    embedding of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its amplitude: unshifted, most levels
+    teach nothing.
     """
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give values in (0, 1]; "
@@ -296,35 +504,44 @@ class Prediction(NamedTuple):
     x0: Callable          # (prediction, x_t, a, s) -> x_0; a = sqrt(abar), s = sqrt(1 - abar)
 
 
-PREDICTIONS = {"epsilon": Prediction(lambda x0, eps, a, s: eps, lambda p, x, a, s: (x - s * p) / a),
-               "x0": Prediction(lambda x0, eps, a, s: x0, lambda p, x, a, s: p),
-               "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}    # arXiv 2202.00512
+PREDICTIONS = {
+    "epsilon": Prediction(lambda x0, eps, a, s: eps, lambda p, x, a, s: (x - s * p) / a),
+    "x0": Prediction(lambda x0, eps, a, s: x0, lambda p, x, a, s: p),
+    "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}    # arXiv 2202.00512
 MODES = {"diffusion": (True, False), "mixed": (True, True), "tokens": (False, True)}     # MSE? cross-entropy?
 
 
 def rounding(x0, table):
-    """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length, so the likeliest token is the nearest embedding."""
+    """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length: the likeliest token is the nearest."""
     with torch.autocast(x0.device.type, enabled=False):
         return x0 @ table.T * table.shape[1] ** -0.5
 
 
-def estimate(denoise, x_t, t, table, cfg, **options):
-    """-> x_0 (B,T,C), logits (B,T,V), the prediction itself (None for diffusion_mode=tokens), and its amplitudes a, s.
+class Estimate(NamedTuple):
+    x0: Tensor            # (B,T,C)
+    logits: Tensor        # (B,T,V)
+    vector: Optional[Tensor]   # (B,T,C), the prediction itself; None for diffusion_mode=tokens
+    a: Tensor             # its amplitudes
+    s: Tensor
 
-    The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is known (as EDM's c_in, arXiv
-    2206.00364, section 5).
+
+def estimate(net, x_t, t, table, cfg, **options):
+    """x_t (B,T,C) at levels t (B,T) -> an Estimate.
+
+    The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is known (as EDM's c_in,
+    arXiv 2206.00364, section 5).
     """
     a, s = amplitudes(t, cfg)
-    out = denoise(a * x_t, t=t, **options)
+    out = net(a * x_t, t=t, **options)
     if not MODES[cfg.diffusion_mode][0]:
         logits = out.logits.float()
         with torch.autocast(logits.device.type, enabled=False):
-            return logits.softmax(-1) @ table, logits, None, a, s
+            return Estimate(logits.softmax(-1) @ table, logits, None, a, s)
     vector = out.vector.float()
     x0 = PREDICTIONS[cfg.prediction_type].x0(vector, x_t, a, s)
     # Where a is nearly 0 an error in eps becomes a huge one in x_0: no longer than twice an embedding.
     x0 = x0 * (2 * table.shape[1] ** 0.5 / x0.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
-    return x0, rounding(x0, table), vector, a, s
+    return Estimate(x0, rounding(x0, table), vector, a, s)
 
 
 def embedded(x, t, eps, table, cfg):
@@ -334,31 +551,98 @@ def embedded(x, t, eps, table, cfg):
     return x0, a * x0 + s * eps
 
 
-def gaussian_terms(net, x, t, eps, cfg, **options):
-    """Per token (B,T): {"mse": ..., "ce": ...} of the terms that cfg.diffusion_mode has, and the logits. Half the rows of a network that takes
-    one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths, latent."""
-    table = net.table()
-    x0, x_t = embedded(x, t, eps, table, cfg)
-    before = None
-    if net.cfg.self_cond:
-        with torch.no_grad():
-            before = estimate(net, x_t, t, table, cfg, **options)[0] * (digits(eps[:, :1, :1].abs()) < 0.5)
-    _, logits, vector, a, s = estimate(net, x_t, t, table, cfg, before=before, **options)
-    terms = {}
-    if vector is not None:                 # the embeddings must not move towards what is easily predicted: that is how they collapse
-        terms["mse"] = (vector - PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, a, s)).square().mean(-1)
-    if MODES[cfg.diffusion_mode][1]:
-        terms["ce"] = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
-    return terms, logits
+class Gaussian(Objective):
+    """Noise on the embeddings; the loss is the MSE of the prediction (per channel) and token_loss_weight times the cross-entropy.
 
+    What may not be masked is given without noise; in a text, where all may, a random share is given, which mask_policy chooses.
+    A share drop_given of the rows is noised whole and has no latent, so that guidance has something to compare with.
+    """
+    defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
+    sources, samplers = ("text", "task", "pairs"), ("ddim", "ddpm")
+    modes, latent_samplers = ("l2t",), samplers
+    gaussian, uses_all, eval_batches = True, False, 1
 
-def gaussian_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None):
-    """Sum over the masked tokens of MSE (a channel) + token_loss_weight * cross-entropy; weight: the noise levels (B,T); z (B,D): clean latents
-    as in the files, given (their levels s are 0)."""
-    options = {} if z is None else dict(latent=net.latent_prefix.normalise(z))
-    terms, _ = gaussian_terms(net, x, weight, eps, cfg, lengths=lengths, **options)
-    scale = {"mse": 1.0, "ce": cfg.token_loss_weight if len(terms) > 1 else 1.0}
-    return sum(scale[name] * term[masked].sum() for name, term in terms.items())
+    def check(self, direction):
+        super().check(direction)
+        if direction == "block":
+            raise ValueError(f"objective={self.cfg.objective} denoises whole rows: choose --direction=bidirectional or causal")
+
+    def max_noise(self, step):
+        """The largest noise level at a step: those of noise_levels for an equal share of the steps each."""
+        tops = self.cfg.noise_levels
+        return tops[min(len(tops) - 1, step * len(tops) // self.steps)]
+
+    def noise(self, rows, draw, step):
+        x, T, D = rows.x, rows.x.shape[1], self.net_cfg.latent_dim
+        t, u = draw.levels() * self.max_noise(step), draw.uniform(T)
+        eps = draw.normal(T, self.net_cfg.n_embd)
+        masked, dropped = self.mask(rows.maskable, u)
+        batch = Batch(x, masked, t[:, None] * (masked | dropped), rows.lengths, eps)
+        if D:
+            batch = batch._replace(z=latents_of(rows, D) * ~dropped)
+        return batch, masked.sum()
+
+    def mask(self, maskable, u):
+        """maskable (B,T), u (B,T) uniform -> what the loss is about (B,T), which rows are noised whole (B,1)."""
+        dropped = second_uniform(u[:, :1]) < self.cfg.drop_given
+        text = maskable.all(1, keepdim=True)
+        noised = MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span) < second_uniform(u[:, -1:])
+        return maskable & (~text | dropped | noised), dropped
+
+    def loss(self, net, batch, step=0):
+        options = dict(lengths=batch.lengths)
+        if batch.z is not None:
+            options["latent"] = net.latent_prefix.normalise(batch.z)
+        terms = self.terms_per_token(net, batch.x, batch.weight, batch.eps, **options)
+        return sum(self.scale(name, terms) * term[batch.masked].sum() for name, term in terms.items())
+
+    def scale(self, name, terms):
+        """token_loss_weight for a cross-entropy that stands beside an MSE."""
+        return self.cfg.token_loss_weight if name == "ce" and len(terms) > 1 else 1.0
+
+    def terms_per_token(self, net, x, t, eps, **options):
+        """{"mse": (B,T), "ce": (B,T)}, those that diffusion_mode has. Half the rows of a network that takes one get an estimate of
+        x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths, latent."""
+        cfg, table = self.cfg, net.table()
+        x0, x_t = embedded(x, t, eps, table, cfg)
+        before = None
+        if net.cfg.self_cond:
+            with torch.no_grad():
+                before = estimate(net, x_t, t, table, cfg, **options).x0
+                before = before * (second_uniform(eps[:, :1, :1].abs()) < 0.5)
+        found = estimate(net, x_t, t, table, cfg, before=before, **options)
+        terms = {}
+        if found.vector is not None:       # the embeddings must not move towards what is easily predicted: so they collapse
+            target = PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, found.a, found.s)
+            terms["mse"] = (found.vector - target).square().mean(-1)
+        if MODES[cfg.diffusion_mode][1]:
+            terms["ce"] = F.cross_entropy(found.logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
+        return terms
+
+    @torch.no_grad()
+    def evaluate(self, net, source, rows, generator, size):
+        """gaussian_report's numbers; for a task also accuracy and exact match of its answers by DDIM in 20 steps."""
+        x, masked, lengths, _ = rows
+        shown, task, latent = masked, source.kind == "task", {}
+        if not task:
+            shown = (torch.rand(x.shape, generator=generator) < 0.3).to(x.device)
+        if net.cfg.latent_dim:
+            latent = dict(latent=clean_latent(net, latents_of(rows, net.cfg.latent_dim)))
+        metrics, alarm = gaussian_report(net, x, masked, lengths, generator, self.cfg, **latent)
+        if not task:
+            x, shown, lengths = x[:1], shown[:1], None if lengths is None else lengths[:1]
+        options = dict(cfg=self.cfg, steps=noise_steps(self.cfg, default=20), **{key: z[:1] for key, z in latent.items()})
+        predicted = torch.cat([SAMPLERS["ddim"](net, a, ~m, net.mask_id, generator, lengths=n, **options)
+                               for a, m, n in split(size, x, shown, lengths)])
+        if task:
+            metrics |= source.score(x, predicted, masked)
+        if alarm:
+            metrics["alarm"] = alarm
+        return metrics, (x[0], shown[0], predicted[0])
+
+    def fill(self, net, x, known, generator, sampler="", steps=0, **options):
+        options |= dict(cfg=self.cfg, steps=noise_steps(self.cfg, steps))
+        return SAMPLERS[sampler or self.samplers[0]](net, x, known, self.mask_id, generator, **options)
 
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -368,38 +652,25 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number}, alarm or "").
 
-    At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine, the
-    distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw embeddings and
-    their largest mean cosine. val_loss is the mean over the levels. latent: latent=(B,D), normalised, to be given.
+    At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine,
+    the distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw
+    embeddings and their largest mean cosine. val_loss is the mean over the levels. latent: latent=(B,D), normalised, to be given.
     """
     table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
-        t = level * masked.float()
-        eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
-        _, x_t = embedded(x, t, eps, table, cfg)
-        before = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent)[0] if net.cfg.self_cond else None
-        x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before, **latent)
-        token = logits.argmax(-1)
-        terms = {}
-        if vector is not None:
-            target = PREDICTIONS[cfg.prediction_type].target(F.embedding(x, table), eps, a, s)
-            terms["mse"] = (vector - target).square().mean(-1)[masked].mean().item()
-        if MODES[cfg.diffusion_mode][1]:
-            terms["ce"] = F.cross_entropy(logits[masked], x[masked]).item()
-        near = F.embedding(token, table)
-        found |= {f"{name}_{level}": value for name, value in terms.items()}
-        found[f"round_acc_{level}"] = (token == x)[masked].float().mean().item()
-        found[f"drift_{level}"] = ((x0 - near).norm(dim=-1) / table.shape[1] ** 0.5)[masked].mean().item()
-        found[f"cosine_{level}"] = F.cosine_similarity(x0, near, dim=-1)[masked].mean().item()
-        losses.append(terms.get("mse", 0) + (cfg.token_loss_weight if "mse" in terms else 1) * terms.get("ce", 0))
+        numbers, token = at_level(net, x, masked, lengths, level, table, generator, cfg, **latent)
+        found |= {f"{name}_{level}": value for name, value in numbers.items()}
+        weight = cfg.token_loss_weight if "mse" in numbers else 1
+        losses.append(numbers.get("mse", 0) + weight * numbers.get("ce", 0))
         most = token[masked].bincount().max().item() / masked.sum().item()
-        if level <= 0.5 and most > 0.9 and x[masked].bincount().max().item() < 0.5 * masked.sum().item():
+        common = x[masked].bincount().max().item() / masked.sum().item()
+        if level <= 0.5 and most > 0.9 and common < 0.5:
             alarm = alarm or f"at noise level {level} one token takes {most:.0%} of what is rounded"
     similar = table @ table.T / table.shape[1]
     mean_cosine = (similar.sum() - len(table)) / max(1, len(table) * (len(table) - 1))
     length = net.emb.weight[:-1].norm(dim=-1)
-    found |= {"embedding_norm_min": length.min().item(), "embedding_norm_mean": length.mean().item(), "embedding_norm_max": length.max().item(),
-              "embedding_mean_cosine": mean_cosine.item()}
+    found |= {f"embedding_norm_{name}": getattr(length, name)().item() for name in ("min", "mean", "max")}
+    found["embedding_mean_cosine"] = mean_cosine.item()
     if mean_cosine > 0.9:
         alarm = alarm or f"the embeddings have nearly one direction (mean cosine {mean_cosine:.2f})"
     if alarm:
@@ -407,38 +678,36 @@ def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     return {"val_loss": sum(losses) / len(losses), **found}, alarm
 
 
+def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
+    """One noise level of gaussian_report -> {name: number}, and the tokens (B,T) that the estimate rounds to."""
+    t = level * masked.float()
+    eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
+    _, x_t = embedded(x, t, eps, table, cfg)
+    before = None
+    if net.cfg.self_cond:
+        before = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent).x0
+    x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before, **latent)
+    token, found = logits.argmax(-1), {}
+    near = F.embedding(token, table)
+    if vector is not None:
+        target = PREDICTIONS[cfg.prediction_type].target(F.embedding(x, table), eps, a, s)
+        found["mse"] = (vector - target).square().mean(-1)[masked].mean().item()
+    if MODES[cfg.diffusion_mode][1]:
+        found["ce"] = F.cross_entropy(logits[masked], x[masked]).item()
+    found["round_acc"] = (token == x)[masked].float().mean().item()
+    found["drift"] = ((x0 - near).norm(dim=-1) / table.shape[1] ** 0.5)[masked].mean().item()
+    found["cosine"] = F.cosine_similarity(x0, near, dim=-1)[masked].mean().item()
+    return found, token
+
+
 # ---- text and latent: a vector z beside the text, with a noise level of its own (UniDiffuser, arXiv 2303.06555) ----
 
 
-class Coupling(NamedTuple):
-    """What a mode noises, and therefore learns to predict."""
-    text: bool
-    latent: bool
-    unused: str = ""     # a regular expression: the parameters that this mode does not use, frozen while it runs
-
-
-COUPLINGS = {"stage1_coupling": Coupling(True, True), "l2t": Coupling(True, False, r"^latent_head\."),
-             "t2l": Coupling(False, True, r"^head\."), "stage2_variational": Coupling(True, False, r"^latent_head\.")}
-
-
-def latent_noise(maskable, t, noise, cfg, n, z, s, mode):
-    """As the other rows of noise, with z (B,D), rows of zeros where there is none, and its level s (B,) -> masked, weight, the two
-    denominators, z, s: what is dropped (drop_given) has z = 0 if it is the latent, all masks if it is the text."""
-    masked, weight, _ = masked_mean(maskable, t, noise, cfg, n)
-    dropped, has = digits(s) < cfg.drop_given, (z != 0).any(-1)
-    if not COUPLINGS[mode].text:
-        masked = maskable & dropped[:, None]
-    else:
-        z = z * ~dropped[:, None]
-        has = has & ~dropped
-    s = s if COUPLINGS[mode].latent else torch.zeros_like(s)
-    return masked, weight, torch.stack([masked.sum(), has.sum()]), z, s
-
-
-def stage2_noise(maskable, t, noise, cfg, n, z, s, mode):
-    """The text alone is masked, z comes from the encoder; s carries which rows go without it. Denominators: masked tokens, rows, rows."""
-    masked, weight, count = masked_mean(maskable, t, noise, cfg, n)
-    return masked, weight, torch.stack([count, *[torch.tensor(len(t))] * 2]), z, (digits(s) < cfg.drop_given).float()
+def latents_of(rows, D):
+    """The latents (B,D) of data.Rows: zeros, which stand for none, where there are none."""
+    if rows.z is None:
+        return rows.x.new_zeros(len(rows.x), D, dtype=torch.float32)
+    return rows.z
 
 
 def latent_cfg(cfg):
@@ -458,153 +727,235 @@ def estimate_latent(net, x, z_t, s, cfg, lengths=None):
     return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
 
 
-def latent_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None, mode=None, scale=1.0, step=0):
-    """-> the two sums (2,): cross-entropy of masked tokens and squared error of latents (mean over D), each times its weight and `scale`.
+class Coupling(NamedTuple):
+    """What a mode noises, and therefore learns to predict."""
+    text: bool
+    latent: bool
+    unused: str = ""     # a regular expression: the parameters that this mode does not use, frozen while it runs
 
-    z (B,D) latents as in the files, s (B,) their levels, 0 for clean, z_eps (B,D) normal noise; the latter two from latent_noise.
-    """
-    z = net.latent_prefix.normalise(z)
-    has = (z != 0).any(-1)
-    a, b = latent_amplitudes(s, cfg)
-    z_t = (a * z + b * z_eps) * has[:, None]
-    out = net(mask_tokens(x, masked, net.mask_id), latent=a * z_t, latent_t=s, lengths=lengths)
-    text = latent = out.logits.new_zeros(())
-    if COUPLINGS[mode].text:
-        text = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
-    if COUPLINGS[mode].latent:
-        target = PREDICTIONS[cfg.prediction_type].target(z, z_eps, a, b)
-        latent = (out.latent - target).square().mean(-1)[has].sum()
-    return scale * torch.stack([cfg.text_loss_weight * text, cfg.latent_loss_weight * latent])
+
+COUPLINGS = {"stage1_coupling": Coupling(True, True), "l2t": Coupling(True, False, r"^latent_head\."),
+             "t2l": Coupling(False, True, r"^head\."), "stage2_variational": Coupling(True, False, r"^latent_head\.")}
+
+
+class Coupled(Masked):
+    """Stage I: texts and latents. Each step has a mode, a row of COUPLINGS: the objective itself, or with objective=sequential
+    those of sequential_schedule in turn. The loss is the masked text's cross-entropy and the latent's MSE (mean over D)."""
+    defaults = dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0)
+    sources, terms, latents, uses_all = ("pairs",), ("text", "latent"), True, False
+    modes, latent_samplers = ("joint", "l2t", "t2l"), ("first_hitting", "confidence", "topk", "ancestral")
+
+    def __init__(self, cfg, net_cfg, steps=1):
+        super().__init__(cfg, net_cfg, steps)
+        self.schedule = [(cfg.objective, 1, 1.0)]
+        if cfg.objective == "sequential":
+            self.schedule = read_schedule(cfg)
+
+    @classmethod
+    def added(cls, was, asked, name, start):
+        if was.get("latent_dim"):
+            return ()
+        if not asked.latent_dim:
+            raise ValueError(f"objective={name} needs latents: leave use_external_latents at 1, or give latent_dim")
+        return ("latent_dim", *cls.defaults)
+
+    def mode(self, step):
+        """-> the mode of a step, and the factor on its loss."""
+        step %= sum(steps for _, steps, _ in self.schedule)
+        for mode, steps, weight in self.schedule:
+            if step < steps:
+                return mode, weight
+            step -= steps
+
+    def unused(self, step):
+        return COUPLINGS[self.mode(step)[0]].unused
+
+    def describe(self, step):
+        return {"mode": self.mode(step)[0]}
+
+    def noise(self, rows, draw, step):
+        t, u = draw.levels(), draw.uniform(rows.x.shape[1])
+        z, s = latents_of(rows, self.net_cfg.latent_dim), draw.shuffled_levels()
+        z_eps = draw.normal_latent(self.net_cfg.latent_dim)
+        masked, total, z, s = self.couple(rows.maskable, t, u, z, s, self.mode(step)[0])
+        return Batch(rows.x, masked, torch.ones(masked.shape), rows.lengths, None, z, s, z_eps), total
+
+    def couple(self, maskable, t, u, z, s, mode):
+        """t, s (B,): levels of text and latent; u (B,T) uniform; z (B,D), rows of zeros for none -> masked (B,T), the two
+        denominators, z, s. What is dropped (drop_given) has z = 0 if it is the latent, all masks if it is the text."""
+        masked = self.mask(maskable, t, u)[0]
+        dropped, has = second_uniform(s) < self.cfg.drop_given, (z != 0).any(-1)
+        if not COUPLINGS[mode].text:
+            masked = maskable & dropped[:, None]
+        else:
+            z = z * ~dropped[:, None]
+            has = has & ~dropped
+        if not COUPLINGS[mode].latent:
+            s = torch.zeros_like(s)
+        return masked, torch.stack([masked.sum(), has.sum()]), z, s
+
+    def loss(self, net, batch, step=0):
+        mode, scale = self.mode(step)
+        z = net.latent_prefix.normalise(batch.z)
+        has = (z != 0).any(-1)
+        a, b = latent_amplitudes(batch.s, self.cfg)
+        z_t = (a * z + b * batch.z_eps) * has[:, None]
+        x, masked = batch.x, batch.masked
+        out = net(mask_tokens(x, masked, net.mask_id), latent=a * z_t, latent_t=batch.s, lengths=batch.lengths)
+        text = latent = out.logits.new_zeros(())
+        if COUPLINGS[mode].text:
+            text = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+        if COUPLINGS[mode].latent:
+            target = PREDICTIONS[self.cfg.prediction_type].target(z, batch.z_eps, a, b)
+            latent = (out.latent - target).square().mean(-1)[has].sum()
+        return scale * torch.stack([self.cfg.text_loss_weight * text, self.cfg.latent_loss_weight * latent])
+
+    @torch.no_grad()
+    def evaluate(self, net, source, rows, generator, size):
+        """latent_report, and one text with a third masked, filled in with its latent."""
+        z = latents_of(rows, net.cfg.latent_dim)
+        metrics = latent_report(net, rows.x, rows.lengths, z, generator, self.cfg, size)
+        row = rows.x[0]
+        if rows.lengths is not None:
+            row = row[:int(rows.lengths[0])]
+        masked = (torch.rand(row.shape, generator=generator) < 0.3).to(row.device)
+        if net.latent_encoder is not None:
+            z = net.posterior(row[None])[0]
+        else:
+            z = net.latent_prefix.normalise(z[:1])
+        filled = net(row[None].masked_fill(masked, net.mask_id), latent=z).logits[0].argmax(-1)
+        return metrics, (row, masked, torch.where(masked, filled, row))
+
+
+class Variational(Coupled):
+    """Stage II: the text alone is masked, z = mu + sigma eps comes from the encoder (arXiv 1312.6114); a share drop_given of the
+    rows is masked text without a latent. Loss terms: reconstruction (cross-entropy given z), KL in nats per token, geometry."""
+    defaults = Coupled.defaults | dict(latent_encoder="mlp", use_external_latents=False)
+    modes, terms = ("stage2", "l2t", "t2l"), ("text", "kl", "geom")
+
+    @classmethod
+    def added(cls, was, asked, name, start):
+        if not was.get("latent_dim"):
+            raise ValueError(f"objective={name} goes on from a network of Stage I, with latents, which {start} is not: give its "
+                             "checkpoint as --init_from")
+        return ("latent_encoder",) if was.get("latent_encoder") == "none" else ()
+
+    def couple(self, maskable, t, u, z, s, mode):
+        """s: 1 for rows that go without a latent."""
+        masked, _, count = self.mask(maskable, t, u)
+        rows = torch.tensor(len(t))
+        return masked, torch.stack([count, rows, rows]), z, (second_uniform(s) < self.cfg.drop_given).float()
+
+    def loss(self, net, batch, step=0):
+        """KL: at least free_bits per dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps."""
+        cfg, x, masked, lengths = self.cfg, batch.x, batch.masked, batch.lengths
+        mu, logvar, text = net.posterior(x, lengths)
+        z = mu + (0.5 * logvar).exp() * batch.z_eps
+        out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - batch.s[:, None]), latent_t=torch.zeros_like(batch.s),
+                  lengths=lengths)
+        nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+        prior = net.latent_prior.mu, net.latent_prior.logvar
+        kl = kl_divergence(mu, logvar, *(q.detach() for q in prior)).clamp_min(cfg.free_bits)
+        alone = kl_divergence(mu.detach(), logvar.detach(), *prior)    # free bits are the encoder's: a learned prior always learns
+        kl = (kl + alone - alone.detach()).sum(1)
+        kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
+        rising = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
+        geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
+        return torch.stack([cfg.text_loss_weight * nats, rising * kl, cfg.geom_weight * geom])
 
 
 def kl_divergence(mu, logvar, prior_mu, prior_logvar):
-    """KL of diagonal Gaussians, nats a dimension (B,D): arXiv 1312.6114, app. B, for any prior."""
+    """KL of diagonal Gaussians, nats per dimension (B,D): arXiv 1312.6114, app. B, for any prior."""
     return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + (mu - prior_mu).square() / prior_logvar.exp() - 1)
 
 
 def geometry(z, text):
-    """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its mean: (B,), the mean squared
-    difference of a row's distances to the others. 0 if and only if they are in proportion."""
+    """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its mean: (B,), the mean
+    squared difference of a row's distances to the others. 0 if and only if they are in proportion."""
     if len(z) < 3:
         return z.new_zeros(len(z))
     away = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    dist = lambda q: (d := (q[:, None] - q[None]).square().sum(-1).add(1e-9).sqrt()) / d[away].mean()
-    return ((dist(z) - dist(text)).square() * away).sum(1) / (len(z) - 1)
 
-
-def stage2_loss(net, x, masked, weight, lengths=None, eps=None, z=None, s=None, z_eps=None, cfg=None, mode=None, scale=1.0, step=0):
-    """-> the three sums (3,): reconstruction (cross-entropy of masked tokens given z), KL, geometry, each times its weight.
-
-    z = mu + sigma z_eps from the encoder (reparameterised, arXiv 1312.6114); a share drop_given of the rows is masked text without
-    a latent. KL: nats a token, at least free_bits a dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps.
-    """
-    mu, logvar, text = net.posterior(x, lengths)
-    z = mu + (0.5 * logvar).exp() * z_eps
-    out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - s[:, None]), latent_t=torch.zeros_like(s), lengths=lengths)
-    nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
-    prior = net.latent_prior.mu, net.latent_prior.logvar
-    kl = kl_divergence(mu, logvar, *(q.detach() for q in prior)).clamp_min(cfg.free_bits)
-    alone = kl_divergence(mu.detach(), logvar.detach(), *prior)            # free bits are the encoder's: a learned prior always learns
-    kl = (kl + alone - alone.detach()).sum(1)
-    kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
-    rising = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
-    geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
-    return scale * torch.stack([cfg.text_loss_weight * nats, rising * kl, cfg.geom_weight * geom])
+    def distances(q):
+        d = (q[:, None] - q[None]).square().sum(-1).add(1e-9).sqrt()
+        return d / d[away].mean()
+    return ((distances(z) - distances(text)).square() * away).sum(1) / (len(z) - 1)
 
 
 def read_schedule(cfg):
-    """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or other numbers of weights."""
+    """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or another number of
+    weights."""
     parts = [part.split(":") for part in cfg.sequential_schedule.split(",")]
+    allowed = [name for name in COUPLINGS if name != "stage2_variational"]
     for part in parts:
-        if len(part) != 2 or part[0] not in COUPLINGS or part[0].startswith("stage2") or not part[1].isdecimal() \
-                or not 0 < int(part[1]) < 10**12:
-            raise ValueError(f"sequential_schedule: {':'.join(part)!r} is not allowed: give MODE:STEPS, as stage1_coupling:2,l2t:1,t2l:1")
-    weights = cfg.mode_weights if len(cfg.mode_weights) > 1 else cfg.mode_weights * len(parts)
+        if len(part) != 2 or part[0] not in allowed or not part[1].isdecimal() or not 0 < int(part[1]) < 10**12:
+            raise ValueError(f"sequential_schedule: {':'.join(part)!r} is not allowed: give MODE:STEPS, as "
+                             "stage1_coupling:2,l2t:1,t2l:1")
+    weights = cfg.mode_weights
+    if len(weights) == 1:
+        weights = weights * len(parts)
     if len(weights) != len(parts):
         raise ValueError(f"mode_weights={cfg.mode_weights}: give one number, or one for each of the {len(parts)} parts of "
                          "sequential_schedule")
     return [(mode, int(steps), weight) for (mode, steps), weight in zip(parts, weights)]
 
 
-def mode_at(step, objective, cfg):
-    """-> the mode of a step, and the factor on its loss."""
-    if objective != "sequential":
-        return objective, 1.0
-    schedule = read_schedule(cfg)
-    step %= sum(steps for _, steps, _ in schedule)
-    for mode, steps, weight in schedule:
-        if step < steps:
-            return mode, weight
-        step -= steps
-
-
 @torch.no_grad()
 def latent_report(net, x, lengths, z, generator, cfg, n=64):
     """What tells how text and latents hang together, on rows x (B,T) with latents z (B,D), n at a time -> {name: number}.
 
-    text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. latent_mse: of the latent
-    predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the median share of rows whose latent is
-    nearer to the prediction than the text's own. With a Stage II encoder z is its mu: kl, in nats a text; active_units, the dimensions
-    whose mu has over 0.01 of the prior's variance over texts (arXiv 1509.00519, section 4.2), instead of the latent's errors.
+    text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. The rest:
+    encoder_report for a network with a Stage II encoder, whose mu is then z, else prediction_report.
     """
     B, T = x.shape
-    parts = lambda *q: zip(*(p.split(n) for p in q))
-    real = torch.full((B,), T) if lengths is None else lengths.cpu()
-    given = lambda m: None if lengths is None else m
-    found = {}
     if net.latent_encoder is not None:
-        q = [net.posterior(a, given(m))[:2] for a, m in parts(x, real.to(x.device))]
-        mu, logvar = (torch.cat(part) for part in zip(*q))
-        kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
-        active = mu.var(0) > 0.01 * net.latent_prior.logvar.exp()
-        found |= {"kl": kl.sum(1).mean().item(), "active_units": int(active.sum()), "kl_largest": kl.mean(0).max().item()}
-        z = mu
+        found, z = encoder_report(net, x, lengths, n)
     else:
         z = net.latent_prefix.normalise(z)
-        noise = torch.randn(z.shape, generator=generator).to(x.device)
-        one = x.new_ones(B, dtype=torch.float32)
-        z0 = torch.cat([estimate_latent(net, a, e, s, cfg, given(m))[1] for a, e, s, m in parts(x, noise, one, real.to(x.device))])
-        far = torch.cdist(z0, z)
-        std = net.latent_prefix.std.item()
-        found |= {"latent_mse": (z0 - z).square().mean().item() * std**2, "latent_mse_of_mean": z.square().mean().item() * std**2,
-                  "latent_rank": ((far < far.diagonal()[:, None]).sum(1).float().median() / B).item()}
-    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, real))
+        found = prediction_report(net, x, lengths, z, generator, cfg, n)
+    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, None if lengths is None else lengths.cpu()))
     seen = mask_tokens(x, masked, net.mask_id)
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
-        nats = torch.cat([summed(net(a, latent=c, lengths=given(m)).logits, b, w)
-                          for a, b, c, w, m in parts(seen, x, latent, weight, real.to(x.device))])
+        nats = torch.cat([weighted_nats(net(a, latent=c, lengths=m).logits, b, w)
+                          for a, b, c, w, m in split(n, seen, x, latent, weight, lengths)])
         found |= {f"text_nats{name}": nats.mean().item(), f"text_nats{name}_se": (nats.std() / B**0.5).item() if B > 1 else None}
     return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
 
 
-class Objective(NamedTuple):
-    noise: Callable
-    logits: Optional[Callable] = None
-    bound: Optional[Callable] = None
-    sampler: str = "confidence"   # the row of SAMPLERS that fits
-    causal: bool = False          # is it for networks that see only what is before?
-    text: bool = False            # is it for text only, since a task has its own?
-    gaussian: bool = False        # noise on embeddings instead of masks?
-    latent: Optional[Callable] = None    # with latents: its loss
-    terms: tuple = ()             # ... the names of its terms
+def encoder_report(net, x, lengths, n):
+    """kl, in nats per text; active_units, the dimensions whose mu has over 0.01 of the prior's variance over texts (arXiv
+    1509.00519, section 4.2) -> {name: number}, mu (B,D)."""
+    mu, logvar = (torch.cat(q) for q in zip(*(net.posterior(a, m)[:2] for a, m in split(n, x, lengths))))
+    kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
+    active = mu.var(0) > 0.01 * net.latent_prior.logvar.exp()
+    return {"kl": kl.sum(1).mean().item(), "active_units": int(active.sum()), "kl_largest": kl.mean(0).max().item()}, mu
 
 
-b3d_bound = functools.partial(block_bound, logits=b3d_logits)
-OBJECTIVES = {"masked_mean": Objective(masked_mean, whole_logits, whole_bound), "elbo": Objective(elbo, whole_logits, whole_bound),
-              "task": Objective(everything, whole_logits, whole_bound),
-              "ar": Objective(everything, next_logits, exact_nll, "ar", causal=True, text=True),
-              "block": Objective(block_mean, block_logits, block_bound, "block", text=True),
-              "block_elbo": Objective(block_elbo, block_logits, block_bound, "block", text=True),
-              "b3d": Objective(block_mean, b3d_logits, b3d_bound, "block", causal=True, text=True),
-              "gaussian": Objective(gaussian_noise, sampler="ddim", gaussian=True),
-              **{mode: Objective(latent_noise, latent=latent_loss, terms=("text", "latent"), text=True)
-                 for mode in ("stage1_coupling", "l2t", "t2l", "sequential")},
-              "stage2_variational": Objective(stage2_noise, latent=stage2_loss, terms=("text", "kl", "geom"), text=True)}
-CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES), "beta_schedule": BETA_SCHEDULES,
-           "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
+def prediction_report(net, x, lengths, z, generator, cfg, n):
+    """latent_mse: of the latent predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the
+    median share of rows whose latent is nearer to the prediction than the text's own."""
+    B = len(x)
+    noise = torch.randn(z.shape, generator=generator).to(x.device)
+    one = x.new_ones(B, dtype=torch.float32)
+    z0 = torch.cat([estimate_latent(net, a, e, s, cfg, m)[1] for a, e, s, m in split(n, x, noise, one, lengths)])
+    far, std = torch.cdist(z0, z), net.latent_prefix.std.item()
+    nearer = (far < far.diagonal()[:, None]).sum(1).float()
+    return {"latent_mse": (z0 - z).square().mean().item() * std**2, "latent_mse_of_mean": z.square().mean().item() * std**2,
+            "latent_rank": (nearer.median() / B).item()}
 
 
-# ---- samplers: (denoise, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----
+OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken, "block": Blocks, "block_elbo": BlockElbo,
+              "b3d": B3D, "gaussian": Gaussian, "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled,
+              "sequential": Coupled, "stage2_variational": Variational}
+CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES),
+           "beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
+
+
+# ---- samplers: (net, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----
+
+
+class Logits(NamedTuple):
+    logits: Tensor
 
 
 def draw(logits, temperature, top_k, top_p, generator):
@@ -628,36 +979,43 @@ def draw(logits, temperature, top_k, top_p, generator):
     return token, logits.softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def guided(denoise, known, mask_id, scale):
-    """Classifier-free guidance on what is known (arXiv 2207.12598): uncond + scale (cond - uncond), where uncond has it masked.
-    scale 1 is no guidance."""
+def guide(conditional, free, scale):
+    """Classifier-free guidance (arXiv 2207.12598): from what is predicted without the condition past what is with it."""
+    return free + scale * (conditional - free)
+
+
+def guided(net, known, mask_id, scale):
+    """Guidance on what is known: the unconditional side has it masked. scale 1 is no guidance."""
     if scale == 1:
-        return denoise
+        return net
 
     def both(x, state=None, **options):
         if state is not None:
             raise ValueError("guidance is for whole sequences: with sampler=block leave it at 1")
-        cond, uncond = denoise(torch.cat([x, mask_tokens(x, known, mask_id)]), **options).logits.chunk(2)
-        return Logits(uncond + scale * (cond - uncond))
+        conditional, free = net(torch.cat([x, mask_tokens(x, known, mask_id)]), **options).logits.chunk(2)
+        return Logits(guide(conditional, free, scale))
     return both
 
 
-class Logits(NamedTuple):
-    logits: torch.Tensor
+def check_guidance(guidance, cfg):
+    if guidance != 1 and not cfg.drop_given:
+        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
+                         "leave guidance at 1")
 
 
-def decode(rule, denoise, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0, top_p=1.0, watch=None):
+def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0, top_p=1.0, watch=None,
+           **unused):
     """The loop of all samplers of whole sequences: draw every masked token, keep what `rule` picks, until none is masked.
 
     rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T) bool, what to keep;
-    pace: tokens a row must decide in this call to be done in `steps` calls (0: one a token); left: calls to go, this one included.
-    watch(x, fresh) is called after every step, fresh (B,T) the tokens just decided.
+    pace: tokens that a row must decide in this call to be done in `steps` calls (0: one per token); left: calls to go, this one
+    included. watch(x, fresh) is called after every step, fresh (B,T) the tokens just decided.
     """
     x, masked = mask_tokens(x, ~known, mask_id), ~known
     first = masked.sum(1)
     calls, call = steps or int(first.max()), 0
     while masked.any():
-        token, sure = draw(denoise(x).logits, temperature, top_k, top_p, generator)
+        token, sure = draw(net(x).logits, temperature, top_k, top_p, generator)
         after = first + (-first * (call + 1)).div(calls, rounding_mode="floor")    # what may still be masked after it
         pace = (masked.sum(1) - after.clamp_min(0)).clamp_min(1)
         fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
@@ -669,81 +1027,87 @@ def decode(rule, denoise, x, known, mask_id, generator, steps=0, threshold=0.95,
 
 def best(score, masked, count):
     """The `count` (B,) masked positions of highest score in each row."""
-    return score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1) < count[:, None]
+    order = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(1) < count[:, None]
 
 
 def confidence(sure, masked, pace, left, generator, threshold):
-    """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches `threshold`, at least one a
-    row, and as many of the surest as the pace asks for."""
+    """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches `threshold`, at least one
+    per row, and as many of the surest as the pace asks for."""
     return (sure >= threshold) | best(sure, masked, pace)
 
 
 def topk(sure, masked, pace, left, generator, threshold):
-    """Low-confidence remasking (LLaDA, arXiv 2502.09992): an even number of tokens a call, the surest; the others stay masked."""
+    """Low-confidence remasking (LLaDA, arXiv 2502.09992): an even number of tokens per call, the surest."""
     return best(sure, masked, pace)
 
 
 def ancestral(sure, masked, pace, left, generator, threshold):
-    """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share (t - s) / t is decided
-    by s, all of it at s = 0."""
+    """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share (t - s) / t is
+    decided by s, all of it at s = 0."""
     return torch.rand(sure.shape, generator=generator).to(sure.device) < 1 / max(1, left)
 
 
 def first_hitting(sure, masked, pace, left, generator, threshold):
-    """A uniformly random order, one token a call: exactly the reverse process, without the calls in which nothing changes (arXiv
-    2409.02908, section 4). With fewer `steps`, several at once."""
+    """A uniformly random order, one token per call: exactly the reverse process, without the calls in which nothing changes
+    (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
     return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
 
 
-def block(denoise, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None, **options):
-    """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is denoised by the sampler
-    `inner` from the carried state, and its finished text moves the state on. What a block costs does not depend on what came
-    before it. Rows may have prefixes of different lengths: a row's first block begins after its own. `steps` is a block's.
-    layout: the objective the network was trained with, block or b3d. eot: a row that has produced it gets nothing else after it.
+def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None, **options):
+    """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is denoised by the
+    sampler `inner` from the carried state, and its finished text moves the state on. What a block costs does not depend on what
+    came before it. Rows may have prefixes of different lengths: a row's first block begins after its own. `steps` is per block.
+    layout: that of the objective the network was trained with, block or b3d. eot: a row that has produced it gets nothing else
+    after it.
     """
     T, n = x.shape[1], block_size
     x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
     start = (~known).long().cumsum(1).eq(0).sum(1)                            # (B,) length of the known prefix
-    state, ended = prefix_state(denoise, x[:, :int(start.max())], start), torch.zeros_like(start, dtype=torch.bool)
+    state, ended = prefix_state(net, x[:, :int(start.max())], start), torch.zeros_like(start, dtype=torch.bool)
     while (start < T).any():
         at = start[:, None] + torch.arange(n, device=x.device)
-        real = at < T
+        real, fixed = at < T, known.gather(1, at)
         lengths = None if real.all() else real.sum(1).clamp_min(1)            # what lies past the end is padding
-
-        def from_state(z):
-            if layout == "b3d":
-                return Logits(denoise(torch.cat([z, z], 1), state=state).logits[:, n:])
-            return denoise(z, state=state, lengths=lengths)
-        given = known.gather(1, at) | ~real | ended[:, None]
-        piece = x.gather(1, at) if eot is None else x.gather(1, at).masked_fill(ended[:, None] & ~known.gather(1, at), eot)
-        done = SAMPLERS[inner](from_state, piece, given, mask_id, generator, **options)
+        given, piece = fixed | ~real | ended[:, None], x.gather(1, at)
+        if eot is not None:
+            piece = piece.masked_fill(ended[:, None] & ~fixed, eot)
+        done = SAMPLERS[inner](from_state(net, state, lengths, n, layout), piece, given, mask_id, generator, **options)
         done = torch.where(given, piece, done)                                # whatever is past the end
         if eot is not None:
             after = (done == eot).long().cumsum(1) - (done == eot).long() > 0
-            done = done.masked_fill(after & ~known.gather(1, at) & real, eot)
+            done = done.masked_fill(after & ~fixed & real, eot)
             ended |= (done == eot).any(1)
         x, start = x.scatter(1, at, done), (start + n).clamp_max(T)
         if (start < T).any():
-            state = denoise(done, state=state, lengths=lengths, clean=True).state
+            state = net(done, state=state, lengths=lengths, clean=True).state
     return x[:, :T]
 
 
-def prefix_state(denoise, x, lengths):
+def from_state(net, state, lengths, n, layout):
+    """The network on blocks of n that go on from a state."""
+    def call(z):
+        if layout == "b3d":
+            return Logits(net(torch.cat([z, z], 1), state=state).logits[:, n:])
+        return net(z, state=state, lengths=lengths)
+    return call
+
+
+def prefix_state(net, x, lengths):
     """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0; None if all are."""
     if not x.shape[1]:
         return None
-    state = denoise(x, lengths=lengths.clamp_min(1), clean=True).state
-    keep = lambda z: z if not torch.is_tensor(z) else z * (lengths > 0).view(-1, *[1] * (z.dim() - 1))
-    every = lambda z: type(z)(*map(every, z)) if hasattr(z, "_fields") else type(z)(map(every, z)) if isinstance(z, (list, tuple)) else keep(z)
-    return every(state)
+    state = net(x, lengths=lengths.clamp_min(1), clean=True).state
+    there = lambda z: z * (lengths > 0).view(-1, *[1] * (z.dim() - 1)) if torch.is_tensor(z) else z
+    return torch.utils._pytree.tree_map(there, state)
 
 
-def ar(denoise, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None, **unused):
+def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None, **unused):
     """Token by token from left to right, for networks trained with objective=ar; the state is all that is carried."""
     x, state, last = mask_tokens(x, ~known, mask_id), None, x.new_full((x.shape[0], 1), mask_id)
     ended = torch.zeros_like(known[:, :1])
     for i in range(x.shape[1]):
-        out = denoise(last, state=state)
+        out = net(last, state=state)
         token, state = draw(out.logits, temperature, top_k, top_p, generator)[0], out.state
         if eot is not None:
             token = token.masked_fill(ended, eot)
@@ -780,42 +1144,45 @@ def normal(like, generator):
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-def check_guidance(guidance, cfg):
-    if guidance != 1 and not cfg.drop_given:
-        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
-                         "leave guidance at 1")
+def noise_steps(cfg, steps=0, default=50):
+    """How many steps to take from noise to text: `steps`, or where it is 0 `default`, or fewer if the network knows fewer."""
+    return steps or min(default, cfg.diffusion_steps or default)
 
 
 def descent(cfg, steps):
-    """The noise levels of `steps` steps from 1 to 0, with the abar of each: two lists. ValueError for more than cfg.diffusion_steps."""
+    """[(t, s, abar(t), abar(s))] of `steps` steps from noise level t = 1 to 0. ValueError for more than cfg.diffusion_steps."""
     if cfg.diffusion_steps and steps > cfg.diffusion_steps:
-        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: give at most those")
+        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: "
+                         "give at most those")
     levels = [i / steps for i in range(steps, -1, -1)]
     if cfg.diffusion_steps:
         levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
-    return levels, abar(torch.tensor(levels), cfg).tolist()
+    share = abar(torch.tensor(levels), cfg).tolist()
+    return list(zip(levels, levels[1:], share, share[1:]))
 
 
-def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50, eta=0.0, clamp=False, guidance=1.0, temperature=0.0, top_k=0,
-                    top_p=1.0, lengths=None, watch=None, latent=None, **unused):
-    """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network sees them
-    without noise.
+def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, eta=0.0, clamp=False, guidance=1.0,
+                    temperature=0.0, top_k=0, top_p=1.0, lengths=None, watch=None, latent=None, **unused):
+    """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network
+    sees them without noise.
 
-    net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t, at most cfg.diffusion_steps.
-    clamp: every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: as in `guided`, on
-    x_0, the unconditional side having what is given noised, too, and no latent. temperature 0 rounds to the nearest embedding, otherwise tokens
-    are drawn from the last estimate's logits (top_k, top_p).
+    net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t. clamp: every estimate of x_0
+    goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: on x_0, the unconditional side having
+    what is given noised, too, and no latent. temperature 0 rounds to the nearest embedding, otherwise tokens are drawn from the
+    last estimate's logits (top_k, top_p).
     """
     check_guidance(guidance, cfg)
-    levels, share = descent(cfg, steps or 50)
-    table = net.table()
+    steps, table = descent(cfg, noise_steps(cfg, steps)), net.table()
     given, clean = known.unsqueeze(-1), F.embedding(x.masked_fill(~known, 0), table)
     x_t = normal(clean, generator)
+    options = dict(lengths=lengths)
+    if latent is not None:
+        options["latent"] = latent
     before = before_free = None
-    for t, s, at, as_ in zip(levels, levels[1:], share, share[1:]):
+    for t, s, at, as_ in steps:
         level = x_t.new_full(x.shape, t)
-        options = dict(lengths=lengths, before=before) | ({} if latent is None else dict(latent=latent))
-        x0, logits, *_ = estimate(net, torch.where(given, clean, x_t), level.masked_fill(known, 0), table, cfg, **options)
+        seen = torch.where(given, clean, x_t)
+        x0, logits, *_ = estimate(net, seen, level.masked_fill(known, 0), table, cfg, before=before, **options)
         if net.cfg.self_cond:
             before = x0
         if guidance != 1:
@@ -823,7 +1190,7 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50,
             free, free_logits, *_ = estimate(net, noised, level, table, cfg, lengths=lengths, before=before_free)
             if net.cfg.self_cond:
                 before_free = free
-            x0, logits = free + guidance * (x0 - free), free_logits + guidance * (logits - free_logits)
+            x0, logits = guide(x0, free, guidance), guide(logits, free_logits, guidance)
         if clamp:
             x0 = F.embedding(logits.argmax(-1), table)
         if watch:
@@ -833,10 +1200,10 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=50,
 
 
 GAUSSIAN_STEPS = {"ddpm": ddpm, "ddim": ddim}
-
 DECISIONS = {rule.__name__: rule for rule in (confidence, topk, ancestral, first_hitting)}
 SAMPLERS = {name: functools.partial(decode, rule) for name, rule in DECISIONS.items()}
 SAMPLERS |= {"block": block, "ar": ar} | {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
+STATEFUL = ("block", "ar")   # these go on from a state, past the length of the rows trained on
 
 
 # ---- text and latent. net: a Denoiser with latents; z (B,D) as in the files trained on ----
@@ -846,26 +1213,28 @@ def clean_latent(net, z):
     """Latents z (B,D) -> as the network takes them, normalised. ValueError for another dimension."""
     if z.shape[1:] != net.latent_prefix.mean.shape:
         raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{len(net.latent_prefix.mean)})")
-    return z if net.latent_encoder is not None else net.latent_prefix.normalise(z)      # an encoder's are normalised already
+    if net.latent_encoder is not None:     # an encoder's are normalised already
+        return z
+    return net.latent_prefix.normalise(z)
 
 
 def with_latent(net, z, guidance=1.0):
-    """The network as a sampler's `denoise`, with the normalised clean latents z (B,D) before every row; guidance as in `guided`, the
-    unconditional side without a latent."""
-    def denoise(x, lengths=None, **options):
+    """The network as samplers call it, with the normalised clean latents z (B,D) before every row; the unconditional side of
+    guidance has no latent."""
+    def call(x, lengths=None, **options):
         if guidance == 1:
             return net(x, latent=z, lengths=lengths, **options)
         twice = lambda q: q if q is None else torch.cat([q, q])
-        cond, free = net(twice(x), latent=torch.cat([z, torch.zeros_like(z)]), lengths=twice(lengths), **options).logits.chunk(2)
-        return Logits(free + guidance * (cond - free))
-    return denoise
+        both = net(twice(x), latent=torch.cat([z, torch.zeros_like(z)]), lengths=twice(lengths), **options).logits
+        return Logits(guide(*both.chunk(2), guidance))
+    return call
 
 
 def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitting", guidance=1.0, x=None, known=None, **options):
     """L2T: latents z (B,D) -> token ids (B,length), by a row of SAMPLERS with its options (steps, temperature, top_k, top_p, watch).
 
-    x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension, for guidance on a network
-    trained with drop_given=0.
+    x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension, for guidance on a
+    network trained with drop_given=0.
     """
     check_guidance(guidance, cfg)
     z = clean_latent(net, z)
@@ -873,51 +1242,53 @@ def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitti
         x = torch.full((len(z), length), net.mask_id, device=z.device)
         known = torch.zeros_like(x, dtype=torch.bool)
     if sampler in GAUSSIAN_STEPS:
-        return SAMPLERS[sampler](net, x, known, net.mask_id, generator, cfg=cfg, guidance=guidance, latent=z, **options)
+        options |= dict(cfg=cfg, guidance=guidance, latent=z)
+        return SAMPLERS[sampler](net, x, known, net.mask_id, generator, **options)
     return SAMPLERS[sampler](with_latent(net, z, guidance), x, known, net.mask_id, generator, **options)
 
 
-def sample_latent_from_text(net, x, generator, cfg, steps=50, eta=0.0, guidance=1.0, temperature=1.0, lengths=None):
+def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1.0, temperature=1.0, lengths=None):
     """T2L: token ids x (B,T), rows of `lengths` (B,) tokens if given -> a sampled latent of each, (B,D), by DDIM.
 
-    temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: as in `guided`, the
-    unconditional side having the text masked. A Stage II network samples q(z|x), whose deviation temperature scales.
+    temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: the unconditional side
+    has the text masked. A Stage II network samples q(z|x), whose deviation temperature scales.
     """
     check_guidance(guidance, cfg)
     noise = torch.randn(len(x), len(net.latent_prefix.mean), generator=generator).to(x.device)
     if net.latent_encoder is not None:
         mu, logvar, _ = net.posterior(x, lengths)
         return mu + temperature * (0.5 * logvar).exp() * noise
-    z_t, (levels, share) = temperature * noise, descent(latent_cfg(cfg), steps)
-    for t, after, at, as_ in zip(levels, levels[1:], share, share[1:]):
+    z_t = temperature * noise
+    for t, after, at, as_ in descent(latent_cfg(cfg), noise_steps(cfg, steps)):
         s = z_t.new_full((len(x),), t)
         z0 = estimate_latent(net, x, z_t, s, cfg, lengths)[1]
         if guidance != 1:
-            free = estimate_latent(net, torch.full_like(x, net.mask_id), z_t, s, cfg, lengths)[1]
-            z0 = free + guidance * (z0 - free)
+            z0 = guide(z0, estimate_latent(net, torch.full_like(x, net.mask_id), z_t, s, cfg, lengths)[1], guidance)
         z_t = ddim(z0, z_t, at, as_, eta, generator) if after else z0
     return net.latent_prefix.restore(z_t)
 
 
-def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0, temperature=1.0,
-                 top_k=0, top_p=1.0, threshold=0.95, watch=None):
-    """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls.
+def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0,
+                 temperature=1.0, top_k=0, top_p=1.0, threshold=0.95, watch=None):
+    """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls (0: 64).
 
-    lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to clean at one pace; between,
-    the latent is that much ahead. rule: confidence, topk, ancestral or first_hitting, which tokens are kept. guidance: each against
-    a network that sees nothing of the other. A Stage II network draws z from its prior, then the text from z.
+    lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to clean at one pace;
+    between, the latent is that much ahead. rule: confidence, topk, ancestral or first_hitting, which tokens are kept. guidance:
+    each against a network that sees nothing of the other. A Stage II network draws z from its prior, then the text from z.
     """
     device, D = net.latent_prefix.mean.device, len(net.latent_prefix.mean)
+    steps = noise_steps(cfg, steps, default=64)
     x = torch.full((rows, length), net.mask_id, device=device)
     z_t = torch.randn(rows, D, generator=generator).to(device)
     if net.latent_encoder is not None:
         z = net.latent_prior.sample(z_t)
-        return sample_text_from_latent(net, z, length, generator, cfg, rule, guidance, steps=steps, temperature=temperature, top_k=top_k,
-                                       top_p=top_p, watch=watch), z
+        options = dict(steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, watch=watch)
+        return sample_text_from_latent(net, z, length, generator, cfg, rule, guidance, **options), z
     check_guidance(guidance, cfg)
+    clipped = lambda level: min(1.0, max(0.0, level))
     for i in range(steps):
-        (s, s_next), (_, t_next) = zip(*((min(1.0, max(0.0, 1 - u)), min(1.0, max(0.0, 1 - (u - lead)))) for u in
-                                         ((1 + lead) * i / steps, (1 + lead) * (i + 1) / steps)))
+        now, after = (1 + lead) * i / steps, (1 + lead) * (i + 1) / steps
+        s, s_next, t_next = clipped(1 - now), clipped(1 - after), clipped(1 - (after - lead))
         level = z_t.new_full((rows,), s)
         out, z0 = estimate_latent(net, x, z_t, level, cfg)
         logits = out.logits
@@ -925,12 +1296,14 @@ def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="fi
             noise = torch.randn(rows, D, generator=generator).to(device)
             blind = estimate_latent(net, x, noise, torch.ones_like(level), cfg)[0].logits
             alone = estimate_latent(net, torch.full_like(x, net.mask_id), z_t, level, cfg)[1]
-            logits, z0 = blind + guidance * (logits - blind), alone + guidance * (z0 - alone)
+            logits, z0 = guide(logits, blind, guidance), guide(z0, alone, guidance)
         masked = x == net.mask_id
         pace = (masked.sum(1) - math.ceil(length * t_next - 1e-6)).clamp_min(0)
         if bool(pace.any()):
             token, sure = draw(logits, temperature, top_k, top_p, generator)
-            fresh = masked & (DECISIONS[rule](sure, masked, pace, steps - i, generator, threshold) if i + 1 < steps else masked)
+            fresh = masked
+            if i + 1 < steps:
+                fresh = masked & DECISIONS[rule](sure, masked, pace, steps - i, generator, threshold)
             x = torch.where(fresh, token, x)
             if watch:
                 watch(x, fresh)
@@ -938,15 +1311,3 @@ def sample_joint(net, rows, length, generator, cfg, steps=50, lead=1.0, rule="fi
             at, as_ = abar(torch.tensor([s, s_next]), latent_cfg(cfg)).tolist()
             z_t = ddim(z0, z_t, at, as_, eta, generator) if s_next else z0
     return x, net.latent_prefix.restore(z_t)
-
-
-def extend(denoise, prompt, n, length, mask_id, generator, sampler="confidence", **options):
-    """prompt (B,P) and n more tokens, in windows of `length` of which at least half is new -> (B, P+n)."""
-    x = prompt
-    while (left := prompt.shape[1] + n - x.shape[1]) > 0:
-        context = x[:, max(0, x.shape[1] - length // 2):]
-        new = min(left, length - context.shape[1])
-        known = torch.arange(length, device=x.device).expand(x.shape[0], -1) < context.shape[1]
-        window = SAMPLERS[sampler](denoise, F.pad(context, (0, length - context.shape[1])), known, mask_id, generator, **options)
-        x = torch.cat([x, window[:, context.shape[1]:context.shape[1] + new]], 1)
-    return x

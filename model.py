@@ -1116,3 +1116,71 @@ def tune_cpu():
         x = torch.full((512, 512), 1 + 2**-12)             # bf16 has no such number
         if not torch.equal(x @ torch.eye(512), x):
             torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with adjust_lr_fn="original", the Newton-Schulz iterations of all matrices of one shape as batched products: the same
+    update in half the time, where matrices are small and many. Parameters in pieces (FSDP) take torch's own way."""
+
+    @torch.no_grad()
+    def step(self):
+        if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
+            return super().step()
+        for group in self.param_groups:
+            params, grads, means, alike = [], [], [], {}
+            self._init_group(group, params, grads, means)
+            if not params:                             # none of them learns at present
+                continue
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
+                tall = p.shape[0] > p.shape[1]         # tall ones lie down
+                alike.setdefault(tuple(sorted(p.shape)), []).append((p.mT if tall else p, update.mT if tall else update, p.shape[0] / p.shape[1]))
+            for shape, some in alike.items():
+                n = max(1, 2**24 // math.prod(shape))  # large ones fill the machine by themselves
+                for part in (some[i:i + n] for i in range(0, len(some), n)):
+                    for (p, _, ratio), update in zip(part, self.orthogonal([update for _, update, _ in part], group)):
+                        p.add_(update, alpha=-group["lr"] * max(1, ratio) ** 0.5)
+
+    def orthogonal(self, updates, group):
+        """Matrices of one shape, none of them tall -> (n, rows, columns), near their nearest semi-orthogonal ones."""
+        x = torch.stack(updates)
+        x = x.bfloat16() if muon_in_bf16(x.device) else x.float()
+        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+
+
+def muon_in_bf16(device):
+    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step where bfloat16 is
+    fast: else rounding grows until one process and two are no longer the same run."""
+    return device.type != "cpu" and fast_bf16(device)
+
+
+def muon_rows(model, cfg):
+    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate for each kind of parameter."""
+    rates = dict(emb=cfg.wte_lr, head=cfg.head_lr, norm=cfg.ln_lr, scalar=cfg.lambda_lr, vector=cfg.adam_lr)
+    groups = {}
+    for _, p, kind, scale, _ in parameter_kinds(model):
+        groups.setdefault((kind, scale), []).append(p)
+    matrices = groups.pop(("matrix", 1.0))
+    adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
+    return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
+            Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)]
+
+
+def adamw_rows(model, cfg):
+    """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
+    groups = {}
+    for name, p, _, scale, decayed in parameter_kinds(model):
+        decayed = decayed and not (cfg.freeze_backbone and name == "emb.weight")       # its tokens' rows must stay as they are
+        groups.setdefault((scale, decayed), []).append(p)
+    return [torch.optim.AdamW([dict(params=ps, lr=cfg.learning_rate * scale, weight_decay=cfg.weight_decay * decayed)
+                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18, fused=True)]
+
+
+OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}

@@ -61,70 +61,46 @@ MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim for the masked par
 
 
 class Counted:
-    """The model as the samplers want it, counting its calls; lengths: (B,) real tokens of each row, unless a call gives others."""
+    """The network as samplers call it, counting its calls; lengths: (B,) real tokens of each row, unless a call gives others."""
 
     def __init__(self, model, lengths=None):
         self.model, self.lengths, self.calls, self.carried = model, lengths, 0, 0
+        self.cfg, self.table, self.mask_id = model.cfg, model.table, model.mask_id
 
     def __call__(self, x, lengths=None, **options):
         self.calls += 1
         if lengths is None and self.lengths is not None and "state" not in options:
             lengths = self.lengths.repeat(len(x) // len(self.lengths))       # guidance doubles the rows
         out = self.model(x, lengths=lengths, **options)
-        if options.get("state") is not None:       # bytes a row of what was carried to this call
+        if options.get("state") is not None:       # bytes per row of what was carried to this call
             self.carried = nets.state_bytes(options["state"]) // len(x)
         return out
-
-    @property
-    def cfg(self):
-        return self.model.cfg
-
-    def table(self):
-        return self.model.table()
 
 
 def watcher(tokenizer, mask_id):
     """Prints the first row after every step: masks dim, what the step decided green."""
     def step(x, fresh):
-        cells = zip(tokenizer.characters(x[0]), x[0].tolist(), fresh[0].tolist())
-        print("  " + "".join(paint(c, MARK if i == mask_id else NEW if f else "") for c, i, f in cells), flush=True)
+        line = ""
+        for cell, i, new in zip(tokenizer.characters(x[0]), x[0].tolist(), fresh[0].tolist()):
+            colour = NEW if new else ""
+            line += paint(cell, MARK if i == mask_id else colour)
+        print("  " + line, flush=True)
         time.sleep(watch_delay)
-    return step
+    return step if watch else None
 
 
-def paint(c, colour):
-    return colour + c + OFF if colour and sys.stdout.isatty() else c
-
-
-def fill(model, tokenizer, x, known, name, layout, lengths=None, diff=None):
-    """Fill x (B,T) where not known with the sampler `name`, and report what it took. diff: what a Gaussian network was trained with."""
-    counted, begun = Counted(model, lengths), time.perf_counter()
-    denoise = counted
-    options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
-                   watch=watcher(tokenizer, model.mask_id) if watch else None)
-    if name in ("block", "ar"):
-        options["eot"] = tokenizer.eot_id
-    if name == "block":
-        options |= dict(block_size=block_size or model.cfg.block_size, layout=layout)
-    if diff:
-        options |= dict(cfg=diff, eta=eta, clamp=clamp, guidance=guidance, lengths=lengths, steps=steps or min(50, diff.diffusion_steps or 50))
-    else:
-        denoise = diffusion.guided(counted, known, model.mask_id, guidance)
-    y = diffusion.SAMPLERS[name](denoise, x, known, model.mask_id,
-                                 data.generator(seed, 0, 3), **options)
-    assert (y[known] == x[known]).all() and (y != model.mask_id).all()
-    taken, n = time.perf_counter() - begun, int((~known).sum())
-    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} a call, {n / taken:.0f} tokens/s ({name}"
-          + (f", from a state of {counted.carried:,} bytes a row)" if counted.carried else ")"))
-    return y
+def paint(text, colour):
+    return colour + text + OFF if colour and sys.stdout.isatty() else text
 
 
 def body(tokenizer, ids, was, mask_id):
     """A row as text; in a terminal with what was generated in green, and without control characters."""
     if not sys.stdout.isatty():
         return tokenizer.decode(ids)
-    runs = itertools.groupby(zip(ids, was), lambda pair: pair[1] == mask_id)
-    return "".join(paint(data.visible(tokenizer.decode([i for i, _ in run])), NEW if new else "") for new, run in runs)
+    out = ""
+    for new, run in itertools.groupby(zip(ids, was), lambda pair: pair[1] == mask_id):
+        out += paint(data.visible(tokenizer.decode([i for i, _ in run])), NEW if new else "")
+    return out
 
 
 def settings_of(config):
@@ -134,93 +110,132 @@ def settings_of(config):
                      adjust=lambda cfg: cfg.adopt(config, (), ckpt)).as_dict()
 
 
-def prompts_of_file():
-    lines = data.read_text(prompt_file)[1].split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+def lines_of(path):
+    """The lines of a prompt file."""
+    lines = data.read_text(path)[1].split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if not lines:
+        raise ValueError(f"prompt_file={path} is empty: write a prompt per line")
+    return lines
 
 
-def rows_of_text(tokenizer, mask_id, T):
-    """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full."""
+def rows_of_text(tokenizer, mask_id, T, prompts):
+    """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full. prompts: a list of texts."""
     encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
     masks = lambda n: torch.full((n,), mask_id)
-    if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
-        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may hold a prompt before its holes")
     if len(hole) != 1:
         raise ValueError(f"hole={hole!r} is not allowed: give one character")
     if text and hole not in text:
         raise ValueError(f"--text={text!r} has no hole: write a {hole} for each token to fill in")
+    rows, end = [], encode(suffix)
+    for p in prompts:
+        start = encode(p)
+        rows.append(torch.cat([start, masks(length or max(1, T - len(start) - len(end))), end]))
     if text:
-        rows = [torch.cat([torch.cat([encode(piece), masks(1)]) for piece in text.split(hole)])[:-1]]
-    else:
-        prompts = [prompt]
-        if prompt_file:
-            prompts = prompts_of_file()
-            if not prompts:
-                raise ValueError(f"prompt_file={prompt_file} is empty: write a prompt a line")
-        ends = encode(suffix)
-        rows = [torch.cat([start := encode(p), masks(length or max(1, T - len(start) - len(ends))), ends]) for p in prompts]
-    rows = [row for row in rows for _ in range(num_samples)]
+        pieces = [torch.cat([encode(piece), masks(1)]) for piece in text.split(hole)]
+        rows = [torch.cat(pieces)[:-1]]
+    return padded([row for row in rows for _ in range(num_samples)])
+
+
+def padded(rows):
+    """Rows of ids -> x (B,T), lengths (B,) or None where all rows are full."""
     lengths = torch.tensor([len(row) for row in rows])
-    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    return x, lengths if lengths.min() < x.shape[1] else None
+    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return x, None if lengths.min() == x.shape[1] else lengths
+
+
+def fill(model, objective, tokenizer, x, lengths, known):
+    """Fill x (B,T) where not known, and report what it took -> x on the CPU."""
+    device, begun = model.emb.weight.device, time.perf_counter()
+    x, known, lengths = (z if z is None else z.to(device) for z in (x, known, lengths))
+    counted, name = Counted(model, lengths), sampler or objective.samplers[0]
+    options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, eta=eta,
+                   clamp=clamp, block_size=block_size, eot=tokenizer.eot_id, watch=watcher(tokenizer, model.mask_id))
+    y = objective.fill(counted, x, known, data.generator(seed, 0, 3), sampler=name, lengths=lengths, **options)
+    assert (y[known] == x[known]).all() and (y != model.mask_id).all()
+    taken, n = time.perf_counter() - begun, int((~known).sum())
+    carried = f", from a state of {counted.carried:,} bytes per row" if counted.carried else ""
+    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} per call, {n / taken:.0f} tokens/s "
+          f"({name}{carried})")
+    return y.cpu()
+
+
+def answer_task(model, objective, tokenizer, name, settings):
+    """Answers to rows of the task's evaluation set, with a score."""
+    source = data.TaskSource(name, tasks.params(name, settings), settings["seq_len"])
+    x, masked, lengths, _ = source.eval_rows(num_samples, seed)
+    y = fill(model, objective, tokenizer, x, lengths, ~masked)
+    for row in zip(x, masked, y):
+        print(data.side_by_side(tokenizer, *row) + "\n")
+    score = source.score(x, y, masked)
+    print(f"{name}: accuracy {score[f'{name}_acc']:.4f}, exact {score[f'{name}_exact']:.4f} of {num_samples} rows")
+
+
+def write_text(model, objective, tokenizer, T, prompts):
+    """Text after prompts, between a prompt and a suffix, or in holes."""
+    x, lengths = rows_of_text(tokenizer, model.mask_id, T, prompts)
+    if x.shape[1] > T and (sampler or objective.samplers[0]) not in diffusion.STATEFUL:
+        raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={T} this network was trained "
+                         "on, and it sees a row whole: give less, or train with --objective=block or ar, which go on without end")
+    y, eot = fill(model, objective, tokenizer, x, lengths, x != model.mask_id), tokenizer.eot_id
+    ends = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
+    for row, was, n in zip(y, x, ends):
+        ids = row[:n].tolist()
+        if eot in ids:                     # the text ends where it says so
+            ids = ids[:ids.index(eot) + 1]
+        print("---\n" + body(tokenizer, ids, was.tolist(), model.mask_id))
 
 
 def read_latent(model, projection):
     """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for anything else."""
-    z = data.load_array(latent)
+    z, D = data.load_array(latent), model.cfg.latent_dim
     z = z[None] if z.ndim == 1 else z
-    if z.ndim == 2 and projection and z.shape[1] == len(projection.mean) != model.cfg.latent_dim:
+    if z.ndim == 2 and projection and z.shape[1] == len(projection.mean) != D:
         z = projection(z)
-    if z.ndim != 2 or z.shape[1] != model.cfg.latent_dim or z.dtype.kind != "f" or not np.isfinite(z).all():
+    if z.ndim != 2 or z.shape[1] != D or z.dtype.kind != "f" or not np.isfinite(z).all():
         also = f" (or {len(projection.mean)}, which are projected)" if projection else ""
-        raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {model.cfg.latent_dim} a latent{also}")
+        raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {D} per latent{also}")
     return torch.from_numpy(z.astype(np.float32))
 
 
-def with_latents(model, tokenizer, saved, T):
+def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
-    diff, g, dev, begun = diffusion.trained_with(saved["config"]), data.generator(seed, 0, 3), model.emb.weight.device, time.perf_counter()
-    stage2 = model.latent_encoder is not None
-    asked = mode or ("l2t" if latent else "stage2" if stage2 else "joint")
-    if asked == "joint" and stage2 or asked == "stage2" and not stage2:
-        raise ValueError(f"mode={asked} is not for a network trained with objective={saved['config']['objective']}: choose "
-                         + ("stage2, l2t or t2l" if stage2 else "joint, l2t or t2l"))
-    if asked == "l2t" and not latent or latent and asked != "l2t":
+    asked, device, begun = mode or ("l2t" if latent else objective.modes[0]), model.emb.weight.device, time.perf_counter()
+    if asked not in objective.modes:
+        *others, last = objective.modes
+        raise ValueError(f"mode={asked} is not for a network trained with objective={objective.cfg.objective}: choose "
+                         + " or ".join([", ".join(others), last] if others else [last]))
+    if (asked == "l2t") != bool(latent):
         raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the others none")
-    gaussian = diffusion.OBJECTIVES[saved["config"]["objective"]].gaussian
-    rules = diffusion.GAUSSIAN_STEPS if gaussian else diffusion.DECISIONS
-    rule = sampler or ("ddim" if gaussian else "first_hitting")
+    rules = objective.latent_samplers
     if sampler and sampler not in rules:
         raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of {', '.join(rules)}")
-    if gaussian and asked != "l2t":
-        raise ValueError(f"mode={asked} is not for a network trained with objective=gaussian, which is given its latents: choose l2t")
-    draws = dict(temperature=temperature, guidance=guidance)
-    texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold, watch=watcher(tokenizer, model.mask_id) if watch else None)
-    n = length or T
+    n, g, diff = length or T, data.generator(seed, 0, 3), objective.cfg
     if n > T:
         raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at most that")
+    draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
+    texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold, watch=watcher(tokenizer, model.mask_id))
+    x = None
     if asked == "t2l":
-        given = prompts_of_file() if prompt_file else [text or prompt]
-        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
-        if not rows or not min(map(len, rows)):
-            raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text a line, none of them empty")
-        lengths = torch.tensor([len(row) for row in rows])
-        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        z = diffusion.sample_latent_from_text(model, x.to(dev), g, diff, steps or min(50, diff.diffusion_steps or 50), eta,
-                                              lengths=None if lengths.min() == x.shape[1] else lengths.to(dev), **draws)
+        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in ([text] if text else prompts)]
+        if not min(map(len, rows)):
+            raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text per line, none of them empty")
+        given, lengths = padded(rows)
+        lengths = lengths if lengths is None else lengths.to(device)
+        z = diffusion.sample_latent_from_text(model, given.to(device), g, diff, lengths=lengths, **draws)
     elif asked == "l2t":
-        z = read_latent(model, data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None)
-        z = z.repeat_interleave(num_samples, 0)
-        texts |= dict(eta=eta, clamp=clamp) if gaussian else {}
-        x = diffusion.sample_text_from_latent(model, z.to(dev), n, g, diff, rule, steps=steps, **texts)
+        projection = data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None
+        z = read_latent(model, projection).repeat_interleave(num_samples, 0)
+        x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, sampler or rules[0], clamp=clamp, **texts)
     else:
-        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, steps or min(64, diff.diffusion_steps or 64), lead, rule, eta, **texts)
-    if asked != "t2l":
-        for row in x.cpu().tolist():
-            print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
-    path = out or "latent.npy" * (asked == "t2l")
-    print(f"{len(z)} {'latents' if asked == 't2l' else 'texts'} in {time.perf_counter() - begun:.1f} s ({asked})"
-          + (f", latents {tuple(z.shape)} in {path}" if path else ""))
+        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, lead=lead, rule=sampler or rules[0], **texts)
+    for row in [] if x is None else x.cpu().tolist():
+        print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
+    path, kind = out, "texts"
+    if x is None:
+        path, kind = out or "latent.npy", "latents"
+    where = f", latents {tuple(z.shape)} in {path}" if path else ""
+    print(f"{len(z)} {kind} in {time.perf_counter() - begun:.1f} s ({asked}){where}")
     if path:
         with written(path) as f:
             np.save(f, z.cpu().float().numpy())
@@ -230,48 +245,35 @@ def with_latents(model, tokenizer, saved, T):
 def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
     nets.tune_cpu()
-    dev = nets.open_device(device)
-    saved = nets.load_checkpoint(ckpt)
+    device, saved = nets.open_device(cfg.device), nets.load_checkpoint(ckpt)
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
-    train_keys = settings_of(saved["config"])
-    rows, T = num_samples * (len(prompts_of_file()) if prompt_file else 1), length or train_keys["seq_len"]
-    nets.in_memory(8 * rows * T * max(1, saved["model_config"].get("vocab_size", 1)), f"num_samples={num_samples}, length={length}")
+    trained = settings_of(saved["config"])
+    if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
+        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may hold a prompt before its "
+                         "holes")
+    prompts, T = lines_of(prompt_file) if prompt_file else [prompt], trained["seq_len"]
+    size = num_samples * len(prompts) * (length or T) * max(1, saved["model_config"].get("vocab_size", 1))
+    nets.in_memory(8 * size, f"num_samples={num_samples}, length={length}")
     with reading(ckpt, "its tokenizer is damaged"):
         tokenizer = data.Tokenizer(**saved["tokenizer"])
-    model = nets.from_pretrained(ckpt, saved).to(dev).eval()
-    saved["config"] = train_keys
-    task, trained = tasks.chosen(train_keys), train_keys.get("objective") or "masked_mean"
-    fits = diffusion.OBJECTIVES[trained].sampler
-    name, layout = sampler or fits, "b3d" if trained == "b3d" else "block"
-    gaussian = lambda sampler: sampler in diffusion.GAUSSIAN_STEPS
-    diff = diffusion.trained_with(train_keys) if gaussian(fits) else None
-    if (name == "ar") != (fits == "ar") or gaussian(name) != gaussian(fits):
-        raise ValueError(f"sampler={name} is not for a network trained with objective={trained}: leave sampler out")
-    if guidance != 1 and name in ("block", "ar"):
-        raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a state: leave it at 1")
-    if task and not (prompt or suffix or prompt_file or text):
-        source = data.TaskSource(task, tasks.params(task, train_keys), train_keys["seq_len"])
-        x, masked, lengths = source.eval_rows(num_samples, seed)
-        y = fill(model, tokenizer, x.to(dev), ~masked.to(dev), name, layout, lengths if lengths is None else lengths.to(dev), diff).cpu()
-        for row in zip(x, masked, y):
-            print(data.side_by_side(tokenizer, *row) + "\n")
-        score = tasks.score(task, source.params, x.numpy(), y.numpy(), masked.numpy())
-        print(f"{task}: accuracy {score['acc']:.4f}, exact {score['exact']:.4f} of {num_samples} rows")
-        return
-    if mode or latent or model.cfg.latent_dim and not (diff or prompt or suffix or prompt_file or text):
+    model = nets.from_pretrained(ckpt, saved).to(device).eval()
+    task = tasks.chosen(trained)
+    name = trained["objective"] or ("task" if task else "masked_mean")
+    objective = diffusion.OBJECTIVES[name](diffusion.trained_with(trained | {"objective": name}), model.cfg)
+    if sampler and sampler not in objective.samplers + objective.latent_samplers:
+        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave sampler out, or choose "
+                         + ", ".join(objective.samplers))
+    texts = prompt or suffix or prompt_file or text
+    if task and not texts:
+        answer_task(model, objective, tokenizer, task, trained)
+    elif mode or latent or objective.latents and not texts:
         if not model.cfg.latent_dim:
-            raise ValueError(f"mode={mode or 'l2t'} needs a network trained on texts with latents, {ckpt} is none: leave mode and latent out")
-        return with_latents(model, tokenizer, saved, train_keys["seq_len"])
-    x, lengths = rows_of_text(tokenizer, model.mask_id, train_keys["seq_len"])
-    if x.shape[1] > train_keys["seq_len"] and name not in ("block", "ar"):
-        raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={train_keys['seq_len']} this network was "
-                         "trained on, and it sees a row whole: give less, or train with --objective=block or ar, which go on without end")
-    y = fill(model, tokenizer, x.to(dev), x.to(dev) != model.mask_id, name, layout, lengths if lengths is None else lengths.to(dev), diff).cpu()
-    for row, was, n in zip(y, x, [x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
-        ids, eot = row[:n].tolist(), tokenizer.eot_id
-        ids = ids[:ids.index(eot) + 1] if eot in ids else ids                  # the text ends where it says so
-        print("---\n" + body(tokenizer, ids, was.tolist(), model.mask_id))
+            raise ValueError(f"mode={mode or 'l2t'} needs a network trained on texts with latents, {ckpt} is not one: leave mode and "
+                             "latent out")
+        write_latents(model, objective, tokenizer, saved, T, prompts)
+    else:
+        write_text(model, objective, tokenizer, T, prompts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import torch
 
 import data
 import diffusion
+import model as nets
 import tasks
+import train
 from conftest import ROOT, ok
 
 TEXT = "".join(f"line {i}: grün, naïve — and so on\n" for i in range(200))
@@ -46,7 +48,7 @@ def test_text_holds_out_its_last_tenth(text_file):
     ids = TEXT.encode()
     assert bytes(source.train.tolist()) + bytes(source.val.tolist()) == ids and len(source.val) == pytest.approx(len(ids) / 10, abs=1)
     assert source.chars_per_token == len(TEXT) / len(ids) < 1
-    x, maskable, lengths = source.train_rows(0, 4, 0, 4, 1)
+    x, maskable, lengths, _ = source.train_rows(0, 4, 0, 4, 1)
     assert x.shape == (4, 16) and maskable.all() and lengths is None and all(bytes(r.tolist()) in ids for r in x)
     held = bytes(source.val.tolist())
     assert all(bytes(r.tolist()) in held for r in source.eval_rows(9)[0])
@@ -73,7 +75,7 @@ def sources(text_file):
 def flatten(steps, T, padding):
     """Micro-batches of several processes -> the rows of each step's global batch, padded to T, and the denominators' sum."""
     pad = lambda z, value=0: torch.nn.functional.pad(z, (0, T - z.shape[1]), value=value)
-    row = lambda b: (pad(b.x, padding), pad(b.masked), pad(b.weight * b.masked), pad((b.eps * b.masked[..., None]).sum(-1)),
+    row = lambda b: (pad(b.x, padding), pad(b.masked), pad(b.weight * b.masked), *([] if b.eps is None else [pad((b.eps * b.masked[..., None]).sum(-1))]),
                      *(z for z in (b.z, b.s, b.z_eps) if z is not None))
     rows = [[torch.cat(z) for z in zip(*(row(part) for rank in step for part in rank[0]))] for step in zip(*steps)]
     return rows, [sum(rank[1] for rank in step) for step in zip(*steps)]
@@ -81,14 +83,14 @@ def flatten(steps, T, padding):
 
 @pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
 def test_the_global_batch_is_the_same_however_it_is_cut(text_file, objective):
-    row, cfg = diffusion.OBJECTIVES[objective], diffusion.DiffusionConfig(mask_policy="spans")
-    mode = [diffusion.mode_at(2, objective, cfg)[0]] * bool(row.latent)
-    noise = lambda step, maskable, t, u, *latent: row.noise(maskable, t, u, cfg, 4, *latent, *mode)
+    kind, net = diffusion.OBJECTIVES[objective], nets.ModelConfig(vocab_size=300, block_size=4, n_embd=3, latent_dim=6)
+    if "pairs" not in kind.sources:
+        net.latent_dim = 0
+    row = kind(diffusion.DiffusionConfig(objective=objective, mask_policy="spans"), net)
     for source in sources(text_file):
         def batches(world, micro, start=0):
-            return flatten([[next(b) for _ in range(3)] for b in (
-                data.make_batches(source, noise, diffusion.stratified, 8, micro, 5, start, r, world, 3, 6 * bool(row.latent))
-                for r in range(world))], source.T, source.tokenizer.ids.get("#", 0))
+            share = lambda rank: [train.micro_batches(step, source, row, 8, micro, 5, rank, world) for step in range(start, start + 3)]
+            return flatten([share(rank) for rank in range(world)], source.T, source.tokenizer.ids.get("#", 0))
         whole, total = batches(1, 8)
         for world, micro in ((1, 2), (2, 4), (4, 1)):
             rows, sums = batches(world, micro)
@@ -254,7 +256,7 @@ def test_prepared_shards_are_the_direct_encoding(tmp_path, kind, bpe_file, monke
         assert meta[split]["chars"] == len(part) and meta[split]["bytes"] == len(part.encode())
     source = data.TextSource(str(tmp_path / "out"), 100)             # rows cross shards; every split of a batch draws the same
     assert source.chars_per_token == len(second) / len(val) and source.bytes_per_token == len(second.encode()) / len(val)
-    x, maskable, lengths = source.train_rows(3, 64, 0, 64, 1)
+    x, maskable, lengths, _ = source.train_rows(3, 64, 0, 64, 1)
     start = torch.randint(len(train) - 99, (64,), generator=data.generator(1, 3, 1))
     assert np.array_equal(x, train[start[:, None] + torch.arange(100)]) and maskable.all() and lengths is None and x.dtype == torch.int64
     assert torch.equal(x[10:20], source.train_rows(3, 64, 10, 20, 1)[0])
@@ -498,7 +500,7 @@ def test_download_checks_what_it_got(tmp_path, monkeypatch, capsys):
 
 def test_task_rows_lengths_and_evaluation_set(text_file):
     source = sources(text_file)[1]
-    x, answer, lengths = source.eval_rows(50, 1234)
+    x, answer, lengths, _ = source.eval_rows(50, 1234)
     assert x.shape[1] == lengths.max() < 64 and len(set(lengths.tolist())) > 5
     pad = source.tokenizer.ids["#"]
     for row, a, n in zip(x, answer, lengths.tolist()):

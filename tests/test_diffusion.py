@@ -6,10 +6,15 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, DiffusionConfig, Logits, draw, extend, guided, mask_tokens, stratified
+from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, DiffusionConfig, Logits, draw, guided, mask_tokens, stratified
 from model import Denoiser, ModelConfig
 
 SEED = lambda n=0: torch.Generator().manual_seed(n)
+
+
+def objective(name, n=4, vocab_size=3, **cfg):
+    """A row of OBJECTIVES for a network of that vocabulary and block size."""
+    return OBJECTIVES[name](DiffusionConfig(objective=name, **cfg), ModelConfig(vocab_size=vocab_size, block_size=n))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -32,11 +37,11 @@ def test_objectives_by_hand():
     maskable = torch.tensor([[True, True, False, True], [True, True, True, True]])
     t, noise = torch.tensor([0.5, 0.25]), torch.tensor([[0.4, 0.6, 0.1, 0.2], [0.2, 0.3, 0.26, 0.9]])
     hidden = torch.tensor([[True, False, False, True], [True, False, False, False]])
-    masked, weight, total = OBJECTIVES["masked_mean"].noise(maskable, t, noise, DiffusionConfig(), 4)
+    masked, weight, total = objective("masked_mean").mask(maskable, t, noise)
     assert torch.equal(masked, hidden) and weight == 1 and total == 3
-    masked, weight, total = OBJECTIVES["elbo"].noise(maskable, t, noise, DiffusionConfig(), 4)
+    masked, weight, total = objective("elbo").mask(maskable, t, noise)
     assert torch.equal(masked, hidden) and weight.flatten().tolist() == [2, 4] and total == 7
-    masked, _, total = OBJECTIVES["task"].noise(maskable, t, noise, DiffusionConfig(), 4)
+    masked, _, total = objective("task").mask(maskable, t, noise)
     assert torch.equal(masked, maskable) and total == 7
 
 
@@ -69,7 +74,8 @@ def test_denoising_loss_by_hand():
         seen.append(x)
         return Logits(torch.tensor([0.25, 0.75]).log().expand(*x.shape, 2))
     x, masked = torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]])
-    loss = diffusion.loss(diffusion.whole_logits, denoise, x, masked, torch.tensor([[2.0]]), 2)
+    batch = diffusion.Batch(x, masked, torch.full(x.shape, 2.0))
+    loss = objective("elbo", vocab_size=2).loss(denoise, batch)
     assert loss.item() == pytest.approx(2 * (-math.log(0.75) - math.log(0.25)))
     assert seen[0].tolist() == [[2, 2, 1]]
 
@@ -102,7 +108,7 @@ def exhaustive_bound(x):
 
 def test_the_bound_is_unbiased_and_above_the_entropy():
     x = STRINGS[torch.multinomial(PROBABILITY, 6000, replacement=True, generator=SEED(1))]
-    found = OBJECTIVES["elbo"].bound(perfect, x, 3, SEED(2))
+    found = objective("elbo").bound(perfect, x, SEED(2))
     exact, entropy = exhaustive_bound(x).mean(), -PROBABILITY[(STRINGS[:, None] == x[None]).all(-1).int().argmax(0)].log().mean() / 4
     se = found.std() / len(x) ** 0.5
     assert abs(found.mean() - exact) < 3 * se
@@ -117,8 +123,9 @@ def test_the_bound_is_unbiased_and_above_the_entropy():
 def test_the_elbo_objective_agrees_with_the_exact_count_bound(schedule):
     x = STRINGS[torch.multinomial(PROBABILITY, 20000, replacement=True, generator=SEED(3))]
     t = stratified(len(x), SEED(4)).clamp_min(1e-3)
-    masked, weight, total = OBJECTIVES["elbo"].noise(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)), DiffusionConfig(schedule=schedule), 4)
-    value = diffusion.loss(diffusion.whole_logits, perfect, x, masked, weight, 3) / total
+    elbo = objective("elbo", schedule=schedule)
+    masked, weight, total = elbo.mask(torch.ones_like(x, dtype=torch.bool), t, torch.rand(x.shape, generator=SEED(5)))
+    value = elbo.loss(perfect, diffusion.Batch(x, masked, weight.expand(x.shape))) / total
     assert value.item() == pytest.approx(exhaustive_bound(x).mean().item(), rel=0.03)
 
 
@@ -181,14 +188,6 @@ def test_confidence_prefers_likely_strings():
     assert PROBABILITY[(STRINGS[:, None] == rows).all(-1).int().argmax(0)].log().mean() > (PROBABILITY * PROBABILITY.log()).sum() + 0.2
 
 
-def test_extend_goes_past_the_window():
-    denoise = noise_net(7)
-    prompt = torch.randint(7, (2, 5), generator=SEED(1))
-    for n in (1, 8, 30):
-        y = extend(denoise, prompt, n, 8, 7, SEED(2))
-        assert y.shape == (2, 5 + n) and torch.equal(y[:, :5], prompt) and (y < 7).all()
-
-
 @pytest.mark.parametrize("name", ["ancestral", "first_hitting"])
 def test_unbiased_samplers_give_the_source_for_a_perfect_denoiser(name):
     """One token a call, any order: the chain rule. `confidence` and `topk` sharpen instead, see above."""
@@ -227,7 +226,7 @@ def network(n=4, **changes):
 @pytest.mark.parametrize("name,changes,n", [("ar", {}, 0), ("ar", dict(mixer="attention", direction="causal"), 0)]
                          + [("block", changes, 1) for changes in BLOCKWISE.values()])
 def test_probabilities_of_all_strings_sum_to_1(name, changes, n):
-    nll = OBJECTIVES[name].bound(network(n or 4, **changes), STRINGS, 3, SEED(), n=n) * 4
+    nll = objective(name, n or 4).bound(network(n or 4, **changes), STRINGS, SEED()) * 4
     assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-6 if "mixer" not in changes else 1e-5)
 
 
@@ -237,7 +236,7 @@ def test_bounds_on_a_source_of_known_entropy(name, n):
     """The estimator against all masks, for an untrained network: the mean within 3 standard errors, and above the entropy."""
     net = network(n, direction="block" if name == "block" else "bidirectional")
     x = STRINGS[torch.multinomial(PROBABILITY, 4000, replacement=True, generator=SEED(1))]
-    found, exact = OBJECTIVES[name].bound(net, x, 3, SEED(2), n=n), torch.zeros(81)
+    found, exact = objective(name, n).bound(net, x, SEED(2)), torch.zeros(81)
     spans = [(0, 4)] if name == "elbo" else [(i, min(i + n, 4)) for i in range(0, 4, n)]
     for lo, hi in spans:
         for k in range(1, hi - lo + 1):
@@ -268,7 +267,7 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
     """What training sees is what sampling sees: the state of finished text, carried from block to block."""
     net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, T), generator=SEED(3))
     masked = torch.rand(2, T, generator=SEED(4)) < 0.6
-    whole = diffusion.block_logits(net, x, masked, 3, 4)
+    whole = objective("block").logits(net, x, masked)
     noisy, state = mask_tokens(x, masked, 3), None
     for lo in range(0, T, 4):
         assert torch.allclose(net(noisy[:, lo:lo + 4], state=state).logits, whole[:, lo:lo + 4], atol=1e-5)
@@ -280,14 +279,14 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
 def test_block_loss_reaches_every_parameter_and_no_later_block(name):
     net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, 12), generator=SEED(3))
     masked = torch.rand(2, 12, generator=SEED(4)) < 0.6
-    diffusion.loss(diffusion.block_logits, net, x, masked, 1.0, 3, n=4).backward()
+    objective("block").loss(net, diffusion.Batch(x, masked, torch.ones(x.shape))).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in net.named_parameters() if not n.endswith("blocks.0.att.v0"))
-    before = diffusion.block_logits(net, x, masked, 3, 4)
+    before = objective("block").logits(net, x, masked)
     for at in range(12):                                               # a clean token changes the blocks after its own, masked or not
         y = x.clone()
         y[:, at] = (y[:, at] + 1) % 3
-        changed = (diffusion.block_logits(net, y, masked | (torch.arange(12) == at), 3, 4)
-                   != diffusion.block_logits(net, x, masked | (torch.arange(12) == at), 3, 4)).any(-1).any(0)
+        changed = (objective("block").logits(net, y, masked | (torch.arange(12) == at))
+                   != objective("block").logits(net, x, masked | (torch.arange(12) == at))).any(-1).any(0)
         assert not changed[:(at // 4 + 1) * 4].any() and changed[(at // 4 + 1) * 4:].all()
     assert torch.isfinite(before).all()
 
@@ -351,5 +350,5 @@ def test_ar_sampling_follows_the_exact_probabilities():
     net, nothing = network(), torch.zeros(20000, 4, dtype=torch.bool)
     rows = SAMPLERS["ar"](net, nothing.long(), nothing, 3, SEED(1))
     share = torch.bincount((STRINGS[:, None] == rows).all(-1).int().argmax(0), minlength=81) / 20000
-    truth = (-4 * OBJECTIVES["ar"].bound(net, STRINGS, 3)).exp()
+    truth = (-4 * objective("ar").bound(net, STRINGS)).exp()
     assert (share - truth).abs().max() < 0.015 and (share - truth).abs().sum() < 0.12

@@ -143,13 +143,17 @@ def test_guidance(self_cond):
 
 # ---- loss ------------------------------------------------------------------------------------------------------------------
 
+def gaussian(cfg):
+    return diffusion.Gaussian(cfg, ModelConfig(vocab_size=7))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_of_a_perfect_denoiser_is_its_rounding(mode):
     cfg = DiffusionConfig(diffusion_mode=mode, token_loss_weight=0.5)
     x, masked = torch.randint(7, (3, 12), generator=SEED(2)), torch.rand(3, 12, generator=SEED(3)) < 0.5
     net = Perfect(x, cfg)
     eps = torch.randn(3, 12, 32, generator=SEED(4))
-    value = diffusion.gaussian_loss(net, x, masked, 0.7 * masked, eps=eps, cfg=cfg)
+    value = gaussian(cfg).loss(net, diffusion.Batch(x, masked, 0.7 * masked, eps=eps))
     logits = 50.0 * torch.nn.functional.one_hot(x, 7) if mode == "tokens" else net.embeddings[x] @ net.embeddings.T / 32**0.5
     ce = torch.nn.functional.cross_entropy(logits[masked].float(), x[masked], reduction="sum")
     assert value.item() == pytest.approx({"diffusion": 0.0, "mixed": 0.5 * ce.item(), "tokens": ce.item()}[mode], rel=1e-4, abs=1e-4)
@@ -161,7 +165,8 @@ def test_gradients_reach_what_should_learn(changes, mode):
     net, cfg = network(**changes), DiffusionConfig(diffusion_mode=mode)
     x, eps = torch.randint(7, (4, 9), generator=SEED(2)), torch.randn(4, 9, 32, generator=SEED(4))
     masked = torch.ones(4, 9, dtype=torch.bool)
-    diffusion.gaussian_loss(net, x, masked, torch.rand(4, 9, generator=SEED(6)).clamp_min(0.05), eps=eps, cfg=cfg).backward()
+    levels = torch.rand(4, 9, generator=SEED(6)).clamp_min(0.05)
+    gaussian(cfg).loss(net, diffusion.Batch(x, masked, levels, eps=eps)).backward()
     idle = {n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert not {n for n in idle if not (mode == "tokens" and n.startswith("vector.")) and not n.endswith(".v0")}, idle
     assert (net.emb.weight.grad[:-1].abs().sum(1) > 0).all() and net.emb.weight.grad[-1].abs().sum() == 0

@@ -104,6 +104,10 @@ def test_closed_forms():
     assert torch.allclose(diffusion.geometry(*by_hand), torch.tensor([0.25, 0.5, 0.25]) / 2, atol=1e-4)
 
 
+def coupled(name, cfg):
+    return diffusion.OBJECTIVES[name](replace(cfg, objective=name), SMALL)
+
+
 def test_reparameterisation_and_the_terms_of_stage_ii():
     """Against the definition, from a network that says what it was given; gradients reach mu, logvar and the prior."""
     mu, logvar = torch.randn(2, 6, 5, requires_grad=True).unbind()
@@ -119,7 +123,8 @@ def test_reparameterisation_and_the_terms_of_stage_ii():
     x, masked, eps = torch.randint(11, (6, 7)), torch.rand(6, 7) < 0.5, torch.randn(6, 5)
     s = torch.tensor([0.0, 1, 0, 0, 0, 0])
     cfg = replace(DIFF, kl_weight=0.5, kl_warmup=4, geom_weight=2.0, free_bits=0.0)
-    terms = lambda step=99, **more: diffusion.stage2_loss(Net(), x, masked, 1.0, s=s, z_eps=eps, cfg=replace(cfg, **more), step=step)
+    batch = diffusion.Batch(x, masked, torch.ones(x.shape), s=s, z_eps=eps)
+    terms = lambda step=99, **more: coupled("stage2_variational", replace(cfg, **more)).loss(Net(), batch, step)
     got = terms()
     assert torch.allclose(seen["z"], (mu + (logvar / 2).exp() * eps) * (1 - s[:, None])) and (seen["z"][1] == 0).all() and (seen["t"] == 0).all()
     assert torch.equal(seen["x"], torch.where(masked, 11, x))
@@ -143,15 +148,16 @@ def test_modes_noise_and_learn_what_they_say(mode):
     x, z = torch.randint(11, (64, 7)), torch.randn(64, 5)
     z[3] = 0                                                               # a text without a latent
     t, u, s = torch.rand(64), torch.rand(64, 7), torch.rand(64)
-    cfg = replace(DIFF, drop_given=0.25, latent_loss_weight=3.0)
-    masked, weight, total, z_in, s_in = diffusion.latent_noise(torch.ones(64, 7, dtype=torch.bool), t, u, cfg, 0, z, s, mode)
+    cfg = replace(DIFF, drop_given=0.25, latent_loss_weight=3.0, sequential_schedule=f"{mode}:1", mode_weights=(2.0,))
+    objective = coupled("sequential", cfg)
+    masked, total, z_in, s_in = objective.couple(torch.ones(64, 7, dtype=torch.bool), t, u, z, s, mode)
     dropped = s * 4096 % 1 < 0.25
     assert 4 < dropped.sum() < 30 and (s_in == 0).all() == (mode == "l2t")
     assert ((z_in == 0).all(1) == (dropped & how.text | (z == 0).all(1))).all()
     assert torch.equal(masked, (u < t[:, None]) if how.text else dropped[:, None].expand(64, 7))
     assert total.tolist() == [masked.sum(), (z_in != 0).any(1).sum()]
     eps = torch.randn(64, 5)
-    got = diffusion.latent_loss(net, x, masked, weight, z=z_in, s=s_in, z_eps=eps, cfg=cfg, mode=mode, scale=2.0)
+    got = objective.loss(net, diffusion.Batch(x, masked, torch.ones(x.shape), z=z_in, s=s_in, z_eps=eps))
     a = diffusion.cosine_beta(s_in.double().mul(1000).ceil() / 1000).clamp(1e-9, 1).sqrt().float()[:, None]
     has = (z_in != 0).any(1)
     out = net(x.masked_fill(masked, 11), latent=a * (a * z_in + (1 - a**2).sqrt() * eps) * has[:, None], latent_t=s_in)
@@ -166,8 +172,8 @@ def test_modes_noise_and_learn_what_they_say(mode):
 
 def test_sequential_goes_round():
     cfg = replace(DIFF, sequential_schedule="l2t:2,t2l:1", mode_weights=(1, 0.5))
-    assert [diffusion.mode_at(i, "sequential", cfg) for i in range(4)] == [("l2t", 1), ("l2t", 1), ("t2l", 0.5), ("l2t", 1)]
-    assert diffusion.mode_at(7, "t2l", cfg) == ("t2l", 1)
+    assert [coupled("sequential", cfg).mode(i) for i in range(4)] == [("l2t", 1), ("l2t", 1), ("t2l", 0.5), ("l2t", 1)]
+    assert coupled("t2l", cfg).mode(7) == ("t2l", 1)
     for bad in ("l2t", "l2t:0", "x:3", "stage2_variational:1", "l2t:-1", ""):
         with pytest.raises(ValueError, match="MODE:STEPS"):
             diffusion.read_schedule(replace(cfg, sequential_schedule=bad))
@@ -418,7 +424,7 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
 
     np.save(tmp_path / "short.npy", np.ones(4, "f4"))
     for script, options, words in [
-            ("sample.py", ["--ckpt=whole/ckpt.pt", "--latent=short.npy"], "6 a latent (or 256, which are projected)"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--latent=short.npy"], "6 per latent (or 256, which are projected)"),
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--latent=none.npy"], "none.npy does not exist"),
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=stage2"], "choose joint, l2t or t2l"),
             ("sample.py", ["--ckpt=two/ckpt.pt", "--mode=joint"], "choose stage2, l2t or t2l"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import model
+import model as nets
 import train
 from conftest import ROOT, kill_after, ok
 
@@ -57,18 +57,18 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
 @pytest.mark.parametrize("half", [True, False])
 def test_batched_muon_is_torchs_muon(half, monkeypatch):
     """The same steps on tall, wide and square matrices, one of them without a gradient at first, and states that either can go on from."""
-    monkeypatch.setattr(train, "muon_in_bf16", lambda device: half)
+    monkeypatch.setattr(nets, "muon_in_bf16", lambda device: half)
     shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16), (16, 48), (1, 16)]
     options = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
     g = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     ours[0].requires_grad_(False), theirs[0].requires_grad_(False)
-    a, b = train.Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    a, b = nets.Muon(ours, **options), torch.optim.Muon(theirs, **options)
     a.step()                                       # nothing learns: nothing happens
     assert all((p == 1).all() for p in ours) and not a.state
     for step in range(4):
         if step == 3:                              # each goes on from what the other has saved
-            a, b, states = train.Muon(ours, **options), torch.optim.Muon(theirs, **options), (a.state_dict(), b.state_dict())
+            a, b, states = nets.Muon(ours, **options), torch.optim.Muon(theirs, **options), (a.state_dict(), b.state_dict())
             a.load_state_dict(states[1]), b.load_state_dict(states[0])
         for i, (p, q) in enumerate(zip(ours, theirs)):
             if i or step > 1:
@@ -124,7 +124,7 @@ def test_published_command_line_then_evaluation_of_its_weights(run, tmp_path):
     assert f"struct acc {trained['struct_acc']:.4f}" in shown
     assert log_of(tmp_path / "again")[-1]["struct_exact"] == trained["struct_exact"]
     shown = ok(run("train.py", TRAIN=0, WEIGHTS_PATH="weights/a.pt", OUT_DIR="bare", MEM_CHECK=1, LOG_OUTPUT=1, GEN_TOKENS=9))
-    assert "MEM acc" in shown and "Output:" in shown and f"struct acc {trained['struct_acc']:.4f}" in shown
+    assert f"struct acc {trained['struct_acc']:.4f}" in shown     # the rest is sample.py's, the names stay accepted
 
 
 def test_text_end_to_end(run, tmp_path):
@@ -204,7 +204,7 @@ def test_a_long_text_needs_no_larger_state(run, tmp_path):
     sizes = [line.split("state of ")[1] for shown in said for line in shown.splitlines() if "state of" in line]
     assert len(sizes) == 2 and sizes[0] == sizes[1]
     wkv, shifts = 2 * 2 * 16 * 16 * 4, 2 * 2 * 32 * 4                # (layers, heads, N, N) and two vectors a layer, in bytes
-    assert sizes[0].startswith(f"{wkv + shifts:,} bytes a row")
+    assert sizes[0].startswith(f"{wkv + shifts:,} bytes per row")
 
 
 @pytest.mark.parametrize("preset", sorted(f for f in os.listdir(os.path.join(ROOT, "config")) if f.endswith(".py")))
