@@ -481,6 +481,9 @@ class Rows(NamedTuple):
     lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
     z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
 
+    def to(self, device):
+        return Rows(*(part if part is None else part.to(device) for part in self))
+
 
 class TextSource:
     """Text: a file in memory, a folder of `python data.py prepare`, or data_bin and data_val_bin, token files of others (read_bins).

@@ -1,10 +1,10 @@
-"""Text diffusion, masked (absorbing) and Gaussian (on embeddings): noise, objectives, likelihood bounds, samplers.
+"""Text diffusion, masked (absorbing) and Gaussian (on embeddings): noise, objectives, bounds, samplers.
 
-B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the share of tokens
-that are masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None, clean=False, every=None) that
-returns an object with `logits` (B,T,V) and `state`, such as model.Denoiser; only block diffusion uses state, clean and every.
-Gaussian diffusion calls it as (x_t (B,T,C), t (B,T), before=estimate or None, lengths=None) and reads `vector` (B,T,C) or
-`logits`. Randomness is passed in.
+B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the
+share of tokens masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None,
+clean=False, every=None) that returns an object with `logits` (B,T,V) and `state`, such as model.Denoiser;
+only block diffusion uses state, clean and every. Gaussian diffusion calls it as (x_t (B,T,C), t (B,T),
+before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is passed in.
 """
 import functools
 import math
@@ -23,26 +23,27 @@ class DiffusionConfig:
     mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
-    noise_shift: float = 6.0        # (0, 1e6] gaussian: the signal's amplitude is this much weaker against the noise
-    diffusion_steps: int = 1000     # [0, 1e9] gaussian: t is rounded up to multiples of 1 / this; 0 = t is continuous
+    noise_shift: float = 6.0        # (0, 1e6] gaussian: factor on the noise's amplitude against the signal's
+    diffusion_steps: int = 1000     # [0, 1e9] gaussian: t has so many values; 0 = it is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE; tokens = cross-entropy; mixed = both
-    token_loss_weight: float = 1.0  # [0, 1e6] gaussian: of the cross-entropy of the predicted x_0 against the embeddings
-    drop_given: float = 0.1         # [0, 1] gaussian, latents: share of rows without their condition, for guidance
-    noise_levels: tuple = (1.0,)    # (0, 1] gaussian: largest t, as 0.4,0.7,1: each for an equal share of the steps
-    latent_noise_shift: float = 1.0  # (0, 1e6] latents: as noise_shift; the rest is as in the Gaussian settings
+    token_loss_weight: float = 1.0  # [0, 1e6] gaussian: of the predicted x_0's cross-entropy
+    drop_given: float = 0.1         # [0, 1] gaussian, latents: rows without their condition, for guidance
+    noise_levels: tuple = (1.0,)    # (0, 1] gaussian: largest t, as 0.4,0.7,1: each equally long
+    latent_noise_shift: float = 1.0  # (0, 1e6] latents: as noise_shift; the rest is as for gaussian
     text_loss_weight: float = 1.0   # [0, 1e6] latents: of the text's cross-entropy
     latent_loss_weight: float = 1.0  # [0, 1e6] latents: of the latent's MSE
-    sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # objective=sequential: MODE:STEPS, over and over
-    mode_weights: tuple = (1.0,)    # [0, 1e6] ... a factor on the loss of each mode, as 1,1,0.5; one = the same for all
-    kl_weight: float = 1.0          # [0, 1e6] stage2_variational: of the KL, spread over a text's tokens; 1 = the bound
+    sequential_schedule: str = "stage1_coupling:2,l2t:1,t2l:1"  # sequential: MODE:STEPS, over and over
+    mode_weights: tuple = (1.0,)    # [0, 1e6] ... factors on their losses, as 1,1,0.5; one = for all
+    kl_weight: float = 1.0          # [0, 1e6] stage2_variational: of the KL; 1 = the bound
     kl_warmup: int = 0              # [0, 1e12] ... steps over which it rises from 0
     free_bits: float = 0.5          # [0, 1e6] ... nats of KL per text that each dimension has for nothing
     geom_weight: float = 0.0        # [0, 1e6] ... distances between latents should follow those between texts
 
 
 def trained_with(config):
-    """The DiffusionConfig in a checkpoint's settings, a dict that holds others, too, and may lack newer keys."""
+    """The DiffusionConfig in a checkpoint's settings, a dict that holds others, too, and may lack newer keys.
+    """
     return DiffusionConfig(**{f.name: config[f.name] for f in fields(DiffusionConfig) if f.name in config})
 
 
@@ -69,7 +70,7 @@ def sigmoid(t, width=3.0):
 SCHEDULES = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 
 
-# ---- which tokens of a row are masked together: (u (B,T) uniform, maskable (B,T), span) -> u (B,T); the lowest first ----
+# ---- which tokens of a row are masked together: (u (B,T) uniform, maskable (B,T), span) -> u (B,T) ----
 
 
 def independent(u, maskable, span):
@@ -78,9 +79,11 @@ def independent(u, maskable, span):
 
 
 def spans(u, maskable, span):
-    """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv 1907.10529).
+    """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv
+    1907.10529).
 
-    Each token is still masked with probability m(t): whether a run begins is told by a uniform number of its own.
+    Each token is still masked with probability m(t): whether a run begins is told by a uniform number of its
+    own.
     """
     begins = second_uniform(u) < 1 / span
     begins[:, 0] = True
@@ -132,7 +135,8 @@ def split(n, *tensors):
 
 
 def stratified(n, generator):
-    """n noise levels in (0, 1], one in each n-th of the interval (low discrepancy: VDM, arXiv 2107.00630, app. I)."""
+    """n noise levels in (0, 1], one in each n-th of the interval (low discrepancy: VDM, arXiv 2107.00630,
+    app. I)."""
     return 1 - (torch.rand((), generator=generator) + torch.arange(n)) / n % 1
 
 
@@ -171,12 +175,12 @@ class Draw:
 
 
 def exact_count(B, T, generator, lengths=None):
-    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights that make a sum of cross-entropies an unbiased
-    estimate of the bound on -log p(x) / T.
+    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights that make a sum of
+    cross-entropies an unbiased estimate of the bound on -log p(x) / T.
 
-    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at random, and takes
-    the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the integral over t of the ELBO under
-    every schedule, with far less variance than random mask rates.
+    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at
+    random, and takes the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the
+    integral over t of the ELBO under every schedule, with far less variance than random mask rates.
     """
     k = (stratified(B, generator) * (T if lengths is None else lengths)).ceil().clamp(min=1)
     order = torch.rand(B, T, generator=generator)
@@ -202,9 +206,10 @@ class Objective:
     """
     defaults = {}            # of other settings, where the user gives none
     sources = ("text", "task")  # kinds of data that it can learn from
-    samplers = ("confidence", "topk", "ancestral", "first_hitting", "block")   # that fit; the first is the default
-    modes, latent_samplers = (), ()   # what sample.py can do with latents, and by which samplers; the first is the default
-    terms = ()               # names of the loss terms, each with a denominator of its own; none: it is one sum
+    samplers = ("confidence", "topk", "ancestral", "first_hitting", "block")   # that fit, the default first
+    modes = ()               # what sample.py can do with latents, the default first ...
+    latent_samplers = ()     # ... and by which samplers
+    terms = ()               # names of the loss terms, each with a denominator of its own; none: a number
     gaussian = False         # is noise put on embeddings?
     latents = False          # does it learn texts together with latents?
     causal = False           # is it for networks that see only what is before?
@@ -224,32 +229,38 @@ class Objective:
         if kind == "task":
             raise ValueError(f"objective={name} is for text: a task has its own, leave objective out")
         others = ", ".join(key for key, row in OBJECTIVES.items() if "pairs" in row.sources)
-        raise ValueError(f"objective={name} is not for data_path={path or 'empty'}: texts with latents (python data.py latents "
-                         f"--out=FOLDER) go with {others}, plain text with the others")
+        path = path or "empty"
+        raise ValueError(f"objective={name} is not for data_path={path}: texts with latents (python data.py "
+                         f"latents --out=FOLDER) go with {others}, plain text with the others")
 
     @classmethod
     def added(cls, was, asked, name, start):
-        """The keys of ModelConfig that this objective sets anew in a network whose checkpoint has the config `was`, a dict, empty
-        for a fresh start. asked: the ModelConfig wanted; start: what the run starts from. ValueError where it cannot."""
+        """The keys of ModelConfig that this objective sets anew in a network whose checkpoint has the config
+        `was`, a dict, empty for a fresh start. asked: the ModelConfig wanted; start: what the run starts
+        from. ValueError where it cannot."""
         return ()
 
     def check(self, direction):
-        """ValueError where it would measure nothing meaningful on this network, which runs in that direction."""
+        """ValueError where it would measure nothing meaningful on this network, which runs in that direction.
+        """
         name, net = self.cfg.objective, self.net_cfg
         if self.gaussian != net.gaussian:
-            raise ValueError(f"objective={name} needs a network with gaussian={int(self.gaussian)}: leave gaussian out, "
-                             "or start with --init_from=scratch")
+            raise ValueError(f"objective={name} needs a network with gaussian={int(self.gaussian)}: leave "
+                             "gaussian out, or start with --init_from=scratch")
         if net.predict == "next" and (self.causal or self.gaussian):
-            raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted where: "
-                             "leave predict out")
+            raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted "
+                             "where: leave predict out")
         if net.latent_dim and "pairs" not in self.sources:
-            raise ValueError(f"latent_dim={net.latent_dim} is not for objective={name}, which knows no latents: leave latent_dim out")
+            raise ValueError(f"latent_dim={net.latent_dim} is not for objective={name}, which knows no "
+                             "latents: leave latent_dim out")
         if self.causal and (direction != "causal" or net.dw_jrt):
-            raise ValueError(f"objective={name} needs a network that sees only what is before: --direction=causal and --dw_jrt=0")
+            raise ValueError(f"objective={name} needs a network that sees only what is before: "
+                             "--direction=causal and --dw_jrt=0")
 
     @staticmethod
     def prepare(net, source):
-        """A new network takes from the data the mean and the scale of the training latents, if there are any -> net."""
+        """A new network takes from the data the mean and the scale of the training latents, if there are any
+        -> net."""
         if net.cfg.latent_dim and source.latent_dim:
             mean, std = source.moments()
             net.latent_prefix.mean.copy_(mean)
@@ -259,10 +270,11 @@ class Objective:
     # -- training --
 
     def noise(self, rows, draw, step):
-        """rows: data.Rows; draw: Draw -> a Batch, and the denominators of the loss terms, a tensor (terms,) or ().
+        """rows: data.Rows; draw: Draw -> a Batch, and the denominators of the loss terms, a tensor (terms,)
+        or ().
 
-        A loss is a sum divided by its denominator, which is summed over the whole global batch: so it is the same however the
-        batch is cut into micro-batches and processes.
+        A loss is a sum divided by its denominator, which is summed over the whole global batch: so it is the
+        same however the batch is cut into micro-batches and processes.
         """
         raise NotImplementedError
 
@@ -271,7 +283,8 @@ class Objective:
         raise NotImplementedError
 
     def unused(self, step):
-        """A regular expression: the parameters that this step does not use, which are frozen meanwhile; "" for none."""
+        """A regular expression: the parameters that this step does not use, which are frozen meanwhile; ""
+        for none."""
         return ""
 
     def describe(self, step):
@@ -281,7 +294,8 @@ class Objective:
     # -- evaluation and sampling --
 
     def evaluate(self, net, source, rows, generator, size):
-        """rows: held-out data.Rows, `size` at a time -> {"val_loss": nats, ...}, and (target, masked, predicted) to show, each (T,)."""
+        """rows: held-out data.Rows, `size` at a time -> {"val_loss": nats, ...}, and (target, masked,
+        predicted) to show, each (T,)."""
         raise NotImplementedError
 
     def fill(self, net, x, known, generator, sampler="", **options):
@@ -299,7 +313,8 @@ class Masked(Objective):
         return Batch(rows.x, masked, torch.as_tensor(weight).expand(masked.shape), rows.lengths), total
 
     def mask(self, maskable, t, u):
-        """maskable (B,T), t (B,) levels, u (B,T) uniform -> masked (B,T), the weight of each cross-entropy, the denominator."""
+        """maskable (B,T), t (B,) levels, u (B,T) uniform -> masked (B,T), the weight of each cross-entropy,
+        the denominator."""
         masked = maskable & (self.policy(u, maskable) < SCHEDULES[self.cfg.schedule](t)[0][:, None])
         return masked, 1.0, masked.sum()
 
@@ -341,15 +356,18 @@ class Masked(Objective):
         return {"val_loss": loss, **source.score(x, predicted, masked)}, (x[0], masked[0], predicted[0])
 
     def fill(self, net, x, known, generator, sampler="", guidance=1.0, block_size=0, eot=None, **options):
-        """block_size: 0 = as trained; eot: the id after which a row gets nothing else, for samplers that go on from a state."""
+        """block_size: 0 = as trained; eot: the id after which a row gets nothing else, for samplers that go
+        on from a state."""
         name = sampler or self.samplers[0]
         if name in STATEFUL and guidance != 1:
-            raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a state: leave it at 1")
+            raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a "
+                             "state: leave it at 1")
         if name in STATEFUL:
             options["eot"] = eot
         if name == "block":
             options |= dict(block_size=block_size or self.net_cfg.block_size, layout=self.layout)
-        return SAMPLERS[name](guided(net, known, self.mask_id, guidance), x, known, self.mask_id, generator, **options)
+        net = guided(net, known, self.mask_id, guidance)
+        return SAMPLERS[name](net, x, known, self.mask_id, generator, **options)
 
 
 class Elbo(Masked):
@@ -381,22 +399,25 @@ class NextToken(Task):
 
 
 class Blocks(Masked):
-    """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean cross-entropy: the bound's
-    weights 1 / t let single tokens rule a step's gradient, and what is trained so has the worse bound."""
+    """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean
+    cross-entropy: the bound's weights 1 / t let single tokens rule a step's gradient, and what is trained so
+    has the worse bound."""
     sources, samplers = ("text",), ("block", *Masked.samplers[:-1])
     defaults = {"dw_jrt_inject": "gate"}       # the form of DW-JRT that keeps the state which crosses blocks
 
     def check(self, direction):
         super().check(direction)
         if self.cfg.mask_policy == "suffix":
-            raise ValueError(f"mask_policy=suffix masks the end of a whole row, objective={self.cfg.objective} masks in each block: "
-                             "choose spans or independent")
+            raise ValueError("mask_policy=suffix masks the end of a whole row, "
+                             f"objective={self.cfg.objective} masks in each block: choose spans or "
+                             "independent")
 
     def levels(self, t, T):
-        """t (B,) -> (B,T), a level for each block; a tenth of the blocks is fully masked, as all are when their denoising starts."""
+        """t (B,) -> (B,T), a level for each block; a tenth of the blocks is fully masked, as all are when
+        their denoising starts."""
         n = self.net_cfg.block_size
-        golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2    # well spread over a row's blocks, too
-        u = ((t[:, None] + golden) % 1).float()
+        golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2
+        u = ((t[:, None] + golden) % 1).float()            # well spread over a row's blocks, too
         t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3))
         return t.repeat_interleave(n, 1)[:, :T]
 
@@ -408,8 +429,9 @@ class Blocks(Masked):
     def logits(self, net, x, masked, lengths=None):
         """Every block given the clean blocks before it. Rows must be full.
 
-        One clean pass gives the state at each block's start; all noisy blocks then go on from there at once, as
-        B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by block.
+        One clean pass gives the state at each block's start; all noisy blocks then go on from there at once,
+        as B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by
+        block.
         """
         (B, T), n = x.shape, self.net_cfg.block_size
         states = net(x, every=n).state
@@ -423,8 +445,11 @@ class Blocks(Masked):
         """The sum of the blocks' own bounds; with blocks of one token it is -log p(x) / T itself."""
         (B, T), n = x.shape, self.net_cfg.block_size
         sizes = torch.tensor([n] * (T // n) + [T % n] * (T % n > 0))
-        parts = [exact_count(B * int((sizes == size).sum()), int(size), generator) for size in sizes.unique().flip(0)]
-        masked, weight = (torch.cat([part[i].reshape(B, -1) for part in parts], 1).to(x.device) for i in range(2))
+        parts = []
+        for size in sizes.unique().flip(0).tolist():       # full blocks, then what is left over
+            counted = exact_count(B * int((sizes == size).sum()), size, generator)
+            parts.append([z.reshape(B, -1) for z in counted])
+        masked, weight = (torch.cat(z, 1).to(x.device) for z in zip(*parts))
         weight = weight * sizes.repeat_interleave(sizes).to(x.device) / T
         return weighted_nats(self.logits(net, x, masked), x, masked * weight)
 
@@ -437,8 +462,9 @@ class BlockElbo(Blocks):
 
 
 class B3D(Blocks):
-    """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV, arXiv 2605.25969); here
-    the state that a block starts from has seen the masked copies before it as well. For causal networks."""
+    """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV,
+    arXiv 2605.25969); here the state that a block starts from has seen the masked copies before it as well.
+    For causal networks."""
     causal, defaults, layout = True, {}, "b3d"
 
     def logits(self, net, x, masked, lengths=None):
@@ -452,12 +478,12 @@ class B3D(Blocks):
 
 
 # ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
-# Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1. Closed forms: t may be continuous.
+# Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1; t may be continuous.
 
 
 def linear_beta(t):
-    """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t + 9.95 t^2)) (arXiv
-    2011.13456)."""
+    """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t +
+    9.95 t^2)) (arXiv 2011.13456)."""
     return torch.exp(-(0.1 * t + 9.95 * t**2))
 
 
@@ -476,16 +502,16 @@ BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmo
 
 
 def abar(t, cfg):
-    """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of cfg.diffusion_steps steps, if
-    any. ValueError for t outside.
+    """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of
+    cfg.diffusion_steps steps, if any. ValueError for t outside.
 
-    With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093, section 2.1). An
-    embedding of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its amplitude: unshifted, most levels
-    teach nothing.
+    With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093,
+    section 2.1). An embedding of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its
+    amplitude: unshifted, most levels teach nothing.
     """
     if not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give values in (0, 1]; "
-                         "0 is for what is given")
+        raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give "
+                         "values in (0, 1]; 0 is for what is given")
     t = t.double()
     if cfg.diffusion_steps:
         t = (t * cfg.diffusion_steps - 1e-6).ceil().clamp_min(0) / cfg.diffusion_steps
@@ -507,12 +533,14 @@ class Prediction(NamedTuple):
 PREDICTIONS = {
     "epsilon": Prediction(lambda x0, eps, a, s: eps, lambda p, x, a, s: (x - s * p) / a),
     "x0": Prediction(lambda x0, eps, a, s: x0, lambda p, x, a, s: p),
-    "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}    # arXiv 2202.00512
+    # arXiv 2202.00512
+    "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}
 MODES = {"diffusion": (True, False), "mixed": (True, True), "tokens": (False, True)}     # MSE? cross-entropy?
 
 
 def rounding(x0, table):
-    """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length: the likeliest token is the nearest."""
+    """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length: the likeliest token is
+    the nearest."""
     with torch.autocast(x0.device.type, enabled=False):
         return x0 @ table.T * table.shape[1] ** -0.5
 
@@ -528,8 +556,8 @@ class Estimate(NamedTuple):
 def estimate(net, x_t, t, table, cfg, **options):
     """x_t (B,T,C) at levels t (B,T) -> an Estimate.
 
-    The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is known (as EDM's c_in,
-    arXiv 2206.00364, section 5).
+    The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is
+    known (as EDM's c_in, arXiv 2206.00364, section 5).
     """
     a, s = amplitudes(t, cfg)
     out = net(a * x_t, t=t, **options)
@@ -552,10 +580,12 @@ def embedded(x, t, eps, table, cfg):
 
 
 class Gaussian(Objective):
-    """Noise on the embeddings; the loss is the MSE of the prediction (per channel) and token_loss_weight times the cross-entropy.
+    """Noise on the embeddings; the loss is the MSE of the prediction (per channel) and token_loss_weight
+    times the cross-entropy.
 
-    What may not be masked is given without noise; in a text, where all may, a random share is given, which mask_policy chooses.
-    A share drop_given of the rows is noised whole and has no latent, so that guidance has something to compare with.
+    What may not be masked is given without noise; in a text, where all may, a random share is given, which
+    mask_policy chooses. A share drop_given of the rows is noised whole and has no latent, so that guidance
+    has something to compare with.
     """
     defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
     sources, samplers = ("text", "task", "pairs"), ("ddim", "ddpm")
@@ -565,7 +595,8 @@ class Gaussian(Objective):
     def check(self, direction):
         super().check(direction)
         if direction == "block":
-            raise ValueError(f"objective={self.cfg.objective} denoises whole rows: choose --direction=bidirectional or causal")
+            raise ValueError(f"objective={self.cfg.objective} denoises whole rows: choose "
+                             "--direction=bidirectional or causal")
 
     def max_noise(self, step):
         """The largest noise level at a step: those of noise_levels for an equal share of the steps each."""
@@ -583,10 +614,12 @@ class Gaussian(Objective):
         return batch, masked.sum()
 
     def mask(self, maskable, u):
-        """maskable (B,T), u (B,T) uniform -> what the loss is about (B,T), which rows are noised whole (B,1)."""
+        """maskable (B,T), u (B,T) uniform -> what the loss is about (B,T), which rows are noised whole (B,1).
+        """
         dropped = second_uniform(u[:, :1]) < self.cfg.drop_given
         text = maskable.all(1, keepdim=True)
-        noised = MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span) < second_uniform(u[:, -1:])
+        order = MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span)
+        noised = order < second_uniform(u[:, -1:])
         return maskable & (~text | dropped | noised), dropped
 
     def loss(self, net, batch, step=0):
@@ -601,8 +634,9 @@ class Gaussian(Objective):
         return self.cfg.token_loss_weight if name == "ce" and len(terms) > 1 else 1.0
 
     def terms_per_token(self, net, x, t, eps, **options):
-        """{"mse": (B,T), "ce": (B,T)}, those that diffusion_mode has. Half the rows of a network that takes one get an estimate of
-        x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths, latent."""
+        """{"mse": (B,T), "ce": (B,T)}, those that diffusion_mode has. Half the rows of a network that takes
+        one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths,
+        latent."""
         cfg, table = self.cfg, net.table()
         x0, x_t = embedded(x, t, eps, table, cfg)
         before = None
@@ -612,16 +646,18 @@ class Gaussian(Objective):
                 before = before * (second_uniform(eps[:, :1, :1].abs()) < 0.5)
         found = estimate(net, x_t, t, table, cfg, before=before, **options)
         terms = {}
-        if found.vector is not None:       # the embeddings must not move towards what is easily predicted: so they collapse
+        if found.vector is not None:       # detached: else embeddings move to what is easily predicted
             target = PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, found.a, found.s)
             terms["mse"] = (found.vector - target).square().mean(-1)
         if MODES[cfg.diffusion_mode][1]:
-            terms["ce"] = F.cross_entropy(found.logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
+            nats = F.cross_entropy(found.logits.flatten(0, 1), x.flatten(), reduction="none")
+            terms["ce"] = nats.view_as(x)
         return terms
 
     @torch.no_grad()
     def evaluate(self, net, source, rows, generator, size):
-        """gaussian_report's numbers; for a task also accuracy and exact match of its answers by DDIM in 20 steps."""
+        """gaussian_report's numbers; for a task also accuracy and exact match of its answers by DDIM in 20
+        steps."""
         x, masked, lengths, _ = rows
         shown, task, latent = masked, source.kind == "task", {}
         if not task:
@@ -631,7 +667,8 @@ class Gaussian(Objective):
         metrics, alarm = gaussian_report(net, x, masked, lengths, generator, self.cfg, **latent)
         if not task:
             x, shown, lengths = x[:1], shown[:1], None if lengths is None else lengths[:1]
-        options = dict(cfg=self.cfg, steps=noise_steps(self.cfg, default=20), **{key: z[:1] for key, z in latent.items()})
+        options = dict(cfg=self.cfg, steps=noise_steps(self.cfg, default=20))
+        options |= {key: z[:1] for key, z in latent.items()}
         predicted = torch.cat([SAMPLERS["ddim"](net, a, ~m, net.mask_id, generator, lengths=n, **options)
                                for a, m, n in split(size, x, shown, lengths)])
         if task:
@@ -650,11 +687,13 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @torch.no_grad()
 def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
-    """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number}, alarm or "").
+    """What tells how embedding diffusion is doing, on rows x (B,T) noised where `masked` -> ({name: number},
+    alarm or "").
 
-    At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to rightly; drift and cosine,
-    the distance of x_0 to the nearest embedding (in embedding lengths) and the cosine with it. And the lengths of the raw
-    embeddings and their largest mean cosine. val_loss is the mean over the levels. latent: latent=(B,D), normalised, to be given.
+    At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to
+    rightly; drift and cosine, the distance of x_0 to the nearest embedding (in embedding lengths) and the
+    cosine with it. And the lengths of the raw embeddings and their largest mean cosine. val_loss is the mean
+    over the levels. latent: latent=(B,D), normalised, to be given.
     """
     table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
@@ -674,12 +713,14 @@ def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     if mean_cosine > 0.9:
         alarm = alarm or f"the embeddings have nearly one direction (mean cosine {mean_cosine:.2f})"
     if alarm:
-        alarm = f"COLLAPSE: {alarm}: raise token_loss_weight, use diffusion_mode=mixed, or freeze the embeddings (freeze=emb)"
+        alarm = (f"COLLAPSE: {alarm}: raise token_loss_weight, use diffusion_mode=mixed, or freeze the "
+                 "embeddings (freeze=emb)")
     return {"val_loss": sum(losses) / len(losses), **found}, alarm
 
 
 def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
-    """One noise level of gaussian_report -> {name: number}, and the tokens (B,T) that the estimate rounds to."""
+    """One noise level of gaussian_report -> {name: number}, and the tokens (B,T) that the estimate rounds to.
+    """
     t = level * masked.float()
     eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
     _, x_t = embedded(x, t, eps, table, cfg)
@@ -700,7 +741,7 @@ def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     return found, token
 
 
-# ---- text and latent: a vector z beside the text, with a noise level of its own (UniDiffuser, arXiv 2303.06555) ----
+# ---- text and latent: a vector z with a noise level of its own (UniDiffuser, arXiv 2303.06555) ----
 
 
 def latents_of(rows, D):
@@ -721,7 +762,8 @@ def latent_amplitudes(s, cfg):
 
 
 def estimate_latent(net, x, z_t, s, cfg, lengths=None):
-    """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0 (B,D)."""
+    """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0
+    (B,D)."""
     a, b = latent_amplitudes(s, cfg)
     out = net(x, latent=a * z_t, latent_t=s, lengths=lengths)
     return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
@@ -731,16 +773,19 @@ class Coupling(NamedTuple):
     """What a mode noises, and therefore learns to predict."""
     text: bool
     latent: bool
-    unused: str = ""     # a regular expression: the parameters that this mode does not use, frozen while it runs
+    unused: str = ""     # a regular expression: parameters that this mode does not use, frozen while it runs
 
 
-COUPLINGS = {"stage1_coupling": Coupling(True, True), "l2t": Coupling(True, False, r"^latent_head\."),
-             "t2l": Coupling(False, True, r"^head\."), "stage2_variational": Coupling(True, False, r"^latent_head\.")}
+COUPLINGS = {"stage1_coupling": Coupling(True, True),
+             "l2t": Coupling(True, False, r"^latent_head\."),
+             "t2l": Coupling(False, True, r"^head\."),
+             "stage2_variational": Coupling(True, False, r"^latent_head\.")}
 
 
 class Coupled(Masked):
-    """Stage I: texts and latents. Each step has a mode, a row of COUPLINGS: the objective itself, or with objective=sequential
-    those of sequential_schedule in turn. The loss is the masked text's cross-entropy and the latent's MSE (mean over D)."""
+    """Stage I: texts and latents. Each step has a mode, a row of COUPLINGS: the objective itself, or with
+    objective=sequential those of sequential_schedule in turn. The loss is the masked text's cross-entropy and
+    the latent's MSE (mean over D)."""
     defaults = dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0)
     sources, terms, latents, uses_all = ("pairs",), ("text", "latent"), True, False
     modes, latent_samplers = ("joint", "l2t", "t2l"), ("first_hitting", "confidence", "topk", "ancestral")
@@ -756,7 +801,8 @@ class Coupled(Masked):
         if was.get("latent_dim"):
             return ()
         if not asked.latent_dim:
-            raise ValueError(f"objective={name} needs latents: leave use_external_latents at 1, or give latent_dim")
+            raise ValueError(f"objective={name} needs latents: leave use_external_latents at 1, or give "
+                             "latent_dim")
         return ("latent_dim", *cls.defaults)
 
     def mode(self, step):
@@ -781,8 +827,9 @@ class Coupled(Masked):
         return Batch(rows.x, masked, torch.ones(masked.shape), rows.lengths, None, z, s, z_eps), total
 
     def couple(self, maskable, t, u, z, s, mode):
-        """t, s (B,): levels of text and latent; u (B,T) uniform; z (B,D), rows of zeros for none -> masked (B,T), the two
-        denominators, z, s. What is dropped (drop_given) has z = 0 if it is the latent, all masks if it is the text."""
+        """t, s (B,): levels of text and latent; u (B,T) uniform; z (B,D), rows of zeros for none -> masked
+        (B,T), the two denominators, z, s. What is dropped (drop_given) has z = 0 if it is the latent, all
+        masks if it is the text."""
         masked = self.mask(maskable, t, u)[0]
         dropped, has = second_uniform(s) < self.cfg.drop_given, (z != 0).any(-1)
         if not COUPLINGS[mode].text:
@@ -801,7 +848,8 @@ class Coupled(Masked):
         a, b = latent_amplitudes(batch.s, self.cfg)
         z_t = (a * z + b * batch.z_eps) * has[:, None]
         x, masked = batch.x, batch.masked
-        out = net(mask_tokens(x, masked, net.mask_id), latent=a * z_t, latent_t=batch.s, lengths=batch.lengths)
+        seen = mask_tokens(x, masked, net.mask_id)
+        out = net(seen, latent=a * z_t, latent_t=batch.s, lengths=batch.lengths)
         text = latent = out.logits.new_zeros(())
         if COUPLINGS[mode].text:
             text = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
@@ -828,16 +876,17 @@ class Coupled(Masked):
 
 
 class Variational(Coupled):
-    """Stage II: the text alone is masked, z = mu + sigma eps comes from the encoder (arXiv 1312.6114); a share drop_given of the
-    rows is masked text without a latent. Loss terms: reconstruction (cross-entropy given z), KL in nats per token, geometry."""
+    """Stage II: the text alone is masked, z = mu + sigma eps comes from the encoder (arXiv 1312.6114); a
+    share drop_given of the rows is masked text without a latent. Loss terms: reconstruction (cross-entropy
+    given z), KL in nats per token, geometry."""
     defaults = Coupled.defaults | dict(latent_encoder="mlp", use_external_latents=False)
     modes, terms = ("stage2", "l2t", "t2l"), ("text", "kl", "geom")
 
     @classmethod
     def added(cls, was, asked, name, start):
         if not was.get("latent_dim"):
-            raise ValueError(f"objective={name} goes on from a network of Stage I, with latents, which {start} is not: give its "
-                             "checkpoint as --init_from")
+            raise ValueError(f"objective={name} goes on from a network of Stage I, with latents, which "
+                             f"{start} is not: give its checkpoint as --init_from")
         return ("latent_encoder",) if was.get("latent_encoder") == "none" else ()
 
     def couple(self, maskable, t, u, z, s, mode):
@@ -847,18 +896,21 @@ class Variational(Coupled):
         return masked, torch.stack([count, rows, rows]), z, (second_uniform(s) < self.cfg.drop_given).float()
 
     def loss(self, net, batch, step=0):
-        """KL: at least free_bits per dimension (arXiv 1606.04934, here per text), its weight rising over kl_warmup steps."""
+        """KL: at least free_bits per dimension (arXiv 1606.04934, here per text), its weight rising over
+        kl_warmup steps."""
         cfg, x, masked, lengths = self.cfg, batch.x, batch.masked, batch.lengths
         mu, logvar, text = net.posterior(x, lengths)
         z = mu + (0.5 * logvar).exp() * batch.z_eps
-        out = net(mask_tokens(x, masked, net.mask_id), latent=z * (1 - batch.s[:, None]), latent_t=torch.zeros_like(batch.s),
-                  lengths=lengths)
+        seen, latent = mask_tokens(x, masked, net.mask_id), z * (1 - batch.s[:, None])
+        out = net(seen, latent=latent, latent_t=torch.zeros_like(batch.s), lengths=lengths)
         nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
         prior = net.latent_prior.mu, net.latent_prior.logvar
         kl = kl_divergence(mu, logvar, *(q.detach() for q in prior)).clamp_min(cfg.free_bits)
-        alone = kl_divergence(mu.detach(), logvar.detach(), *prior)    # free bits are the encoder's: a learned prior always learns
+        # free bits are the encoder's: a learned prior always learns
+        alone = kl_divergence(mu.detach(), logvar.detach(), *prior)
         kl = (kl + alone - alone.detach()).sum(1)
-        kl = (kl / (x.shape[1] if lengths is None else lengths)).sum()         # per token, as the reconstruction is
+        tokens = x.shape[1] if lengths is None else lengths
+        kl = (kl / tokens).sum()           # per token, as the reconstruction is
         rising = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
         geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
         return torch.stack([cfg.text_loss_weight * nats, rising * kl, cfg.geom_weight * geom])
@@ -866,12 +918,14 @@ class Variational(Coupled):
 
 def kl_divergence(mu, logvar, prior_mu, prior_logvar):
     """KL of diagonal Gaussians, nats per dimension (B,D): arXiv 1312.6114, app. B, for any prior."""
-    return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + (mu - prior_mu).square() / prior_logvar.exp() - 1)
+    apart = (mu - prior_mu).square() / prior_logvar.exp()
+    return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + apart - 1)
 
 
 def geometry(z, text):
-    """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its mean: (B,), the mean
-    squared difference of a row's distances to the others. 0 if and only if they are in proportion."""
+    """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its
+    mean: (B,), the mean squared difference of a row's distances to the others. 0 if and only if they are in
+    proportion."""
     if len(z) < 3:
         return z.new_zeros(len(z))
     away = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -883,29 +937,32 @@ def geometry(z, text):
 
 
 def read_schedule(cfg):
-    """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or another number of
-    weights."""
+    """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or
+    another number of weights."""
     parts = [part.split(":") for part in cfg.sequential_schedule.split(",")]
     allowed = [name for name in COUPLINGS if name != "stage2_variational"]
     for part in parts:
-        if len(part) != 2 or part[0] not in allowed or not part[1].isdecimal() or not 0 < int(part[1]) < 10**12:
+        name, steps = part[0], part[-1]
+        if len(part) != 2 or name not in allowed or not steps.isdecimal() or not 0 < int(steps) < 10**12:
             raise ValueError(f"sequential_schedule: {':'.join(part)!r} is not allowed: give MODE:STEPS, as "
                              "stage1_coupling:2,l2t:1,t2l:1")
     weights = cfg.mode_weights
     if len(weights) == 1:
         weights = weights * len(parts)
     if len(weights) != len(parts):
-        raise ValueError(f"mode_weights={cfg.mode_weights}: give one number, or one for each of the {len(parts)} parts of "
-                         "sequential_schedule")
+        raise ValueError(f"mode_weights={cfg.mode_weights}: give one number, or one for each of the "
+                         f"{len(parts)} parts of sequential_schedule")
     return [(mode, int(steps), weight) for (mode, steps), weight in zip(parts, weights)]
 
 
 @torch.no_grad()
 def latent_report(net, x, lengths, z, generator, cfg, n=64):
-    """What tells how text and latents hang together, on rows x (B,T) with latents z (B,D), n at a time -> {name: number}.
+    """What tells how text and latents hang together, on rows x (B,T) with latents z (B,D), n at a time ->
+    {name: number}.
 
-    text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with none. The rest:
-    encoder_report for a network with a Stage II encoder, whose mu is then z, else prediction_report.
+    text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with
+    none. The rest: encoder_report for a network with a Stage II encoder, whose mu is then z, else
+    prediction_report.
     """
     B, T = x.shape
     if net.latent_encoder is not None:
@@ -913,45 +970,51 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
     else:
         z = net.latent_prefix.normalise(z)
         found = prediction_report(net, x, lengths, z, generator, cfg, n)
-    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, None if lengths is None else lengths.cpu()))
+    real = None if lengths is None else lengths.cpu()
+    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, real))
     seen = mask_tokens(x, masked, net.mask_id)
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
         nats = torch.cat([weighted_nats(net(a, latent=c, lengths=m).logits, b, w)
                           for a, b, c, w, m in split(n, seen, x, latent, weight, lengths)])
-        found |= {f"text_nats{name}": nats.mean().item(), f"text_nats{name}_se": (nats.std() / B**0.5).item() if B > 1 else None}
+        found[f"text_nats{name}"] = nats.mean().item()
+        found[f"text_nats{name}_se"] = (nats.std() / B**0.5).item() if B > 1 else None
     return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
 
 
 def encoder_report(net, x, lengths, n):
-    """kl, in nats per text; active_units, the dimensions whose mu has over 0.01 of the prior's variance over texts (arXiv
-    1509.00519, section 4.2) -> {name: number}, mu (B,D)."""
+    """kl, in nats per text; active_units, the dimensions whose mu has over 0.01 of the prior's variance over
+    texts (arXiv 1509.00519, section 4.2) -> {name: number}, mu (B,D)."""
     mu, logvar = (torch.cat(q) for q in zip(*(net.posterior(a, m)[:2] for a, m in split(n, x, lengths))))
     kl = kl_divergence(mu, logvar, net.latent_prior.mu, net.latent_prior.logvar)
     active = mu.var(0) > 0.01 * net.latent_prior.logvar.exp()
-    return {"kl": kl.sum(1).mean().item(), "active_units": int(active.sum()), "kl_largest": kl.mean(0).max().item()}, mu
+    found = {"kl": kl.sum(1).mean().item(), "kl_largest": kl.mean(0).max().item()}
+    return found | {"active_units": int(active.sum())}, mu
 
 
 def prediction_report(net, x, lengths, z, generator, cfg, n):
-    """latent_mse: of the latent predicted from text and pure noise, latent_mse_of_mean: of the training mean; latent_rank: the
-    median share of rows whose latent is nearer to the prediction than the text's own."""
+    """latent_mse: of the latent predicted from text and pure noise, latent_mse_of_mean: of the training mean;
+    latent_rank: the median share of rows whose latent is nearer to the prediction than the text's own."""
     B = len(x)
     noise = torch.randn(z.shape, generator=generator).to(x.device)
     one = x.new_ones(B, dtype=torch.float32)
-    z0 = torch.cat([estimate_latent(net, a, e, s, cfg, m)[1] for a, e, s, m in split(n, x, noise, one, lengths)])
-    far, std = torch.cdist(z0, z), net.latent_prefix.std.item()
+    parts = split(n, x, noise, one, lengths)
+    z0 = torch.cat([estimate_latent(net, a, e, s, cfg, m)[1] for a, e, s, m in parts])
+    far, variance = torch.cdist(z0, z), net.latent_prefix.std.item() ** 2
     nearer = (far < far.diagonal()[:, None]).sum(1).float()
-    return {"latent_mse": (z0 - z).square().mean().item() * std**2, "latent_mse_of_mean": z.square().mean().item() * std**2,
+    return {"latent_mse": (z0 - z).square().mean().item() * variance,
+            "latent_mse_of_mean": z.square().mean().item() * variance,
             "latent_rank": (nearer.median() / B).item()}
 
 
-OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken, "block": Blocks, "block_elbo": BlockElbo,
-              "b3d": B3D, "gaussian": Gaussian, "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled,
-              "sequential": Coupled, "stage2_variational": Variational}
+OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken,
+              "block": Blocks, "block_elbo": BlockElbo, "b3d": B3D, "gaussian": Gaussian,
+              "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled, "sequential": Coupled,
+              "stage2_variational": Variational}
 CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES),
            "beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
 
-# ---- samplers: (net, x (B,T), known (B,T) bool, mask_id, generator, ...) -> x without a mask; known tokens stay ----
+# ---- samplers: (net, x (B,T), known (B,T), mask_id, generator, ...) -> x (B,T); known tokens stay ----
 
 
 class Logits(NamedTuple):
@@ -961,12 +1024,14 @@ class Logits(NamedTuple):
 def draw(logits, temperature, top_k, top_p, generator):
     """(B,T,V) logits -> a token for each position and its probability at temperature 1, both (B,T).
 
-    Gumbel-max in float64: in float32 the noise is cut off, which lowers entropy (arXiv 2409.02908). temperature 0 = argmax.
-    top_k and top_p (nucleus, arXiv 1904.09751) leave out what is unlikely at temperature 1; 0 and 1 leave out nothing.
+    Gumbel-max in float64: in float32 the noise is cut off, which lowers entropy (arXiv 2409.02908).
+    temperature 0 = argmax. top_k and top_p (nucleus, arXiv 1904.09751) leave out what is unlikely at
+    temperature 1; 0 and 1 leave out nothing.
     """
     logits = logits.double()
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(-1, descending=True)
         drop = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= top_p)
@@ -980,7 +1045,8 @@ def draw(logits, temperature, top_k, top_p, generator):
 
 
 def guide(conditional, free, scale):
-    """Classifier-free guidance (arXiv 2207.12598): from what is predicted without the condition past what is with it."""
+    """Classifier-free guidance (arXiv 2207.12598): from what is predicted without the condition past what is
+    with it."""
     return free + scale * (conditional - free)
 
 
@@ -999,24 +1065,26 @@ def guided(net, known, mask_id, scale):
 
 def check_guidance(guidance, cfg):
     if guidance != 1 and not cfg.drop_given:
-        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions dropped (drop_given > 0): "
-                         "leave guidance at 1")
+        raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions "
+                         "dropped (drop_given > 0): leave guidance at 1")
 
 
-def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0, top_p=1.0, watch=None,
-           **unused):
-    """The loop of all samplers of whole sequences: draw every masked token, keep what `rule` picks, until none is masked.
+def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0,
+           top_p=1.0, watch=None, **unused):
+    """The loop of all samplers of whole sequences: draw every masked token, keep what `rule` picks, until
+    none is masked.
 
-    rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T) bool, what to keep;
-    pace: tokens that a row must decide in this call to be done in `steps` calls (0: one per token); left: calls to go, this one
-    included. watch(x, fresh) is called after every step, fresh (B,T) the tokens just decided.
+    rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T)
+    bool, what to keep; pace: tokens that a row must decide in this call to be done in `steps` calls (0: one
+    per token); left: calls to go, this one included. watch(x, fresh) is called after every step, fresh (B,T)
+    the tokens just decided.
     """
     x, masked = mask_tokens(x, ~known, mask_id), ~known
     first = masked.sum(1)
     calls, call = steps or int(first.max()), 0
     while masked.any():
         token, sure = draw(net(x).logits, temperature, top_k, top_p, generator)
-        after = first + (-first * (call + 1)).div(calls, rounding_mode="floor")    # what may still be masked after it
+        after = first + (-first * (call + 1)).div(calls, rounding_mode="floor")    # may still be masked then
         pace = (masked.sum(1) - after.clamp_min(0)).clamp_min(1)
         fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
         x, masked, call = torch.where(fresh, token, x), masked & ~fresh, call + 1
@@ -1032,8 +1100,8 @@ def best(score, masked, count):
 
 
 def confidence(sure, masked, pace, left, generator, threshold):
-    """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches `threshold`, at least one
-    per row, and as many of the surest as the pace asks for."""
+    """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches
+    `threshold`, at least one per row, and as many of the surest as the pace asks for."""
     return (sure >= threshold) | best(sure, masked, pace)
 
 
@@ -1043,37 +1111,39 @@ def topk(sure, masked, pace, left, generator, threshold):
 
 
 def ancestral(sure, masked, pace, left, generator, threshold):
-    """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share (t - s) / t is
-    decided by s, all of it at s = 0."""
+    """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share
+    (t - s) / t is decided by s, all of it at s = 0."""
     return torch.rand(sure.shape, generator=generator).to(sure.device) < 1 / max(1, left)
 
 
 def first_hitting(sure, masked, pace, left, generator, threshold):
-    """A uniformly random order, one token per call: exactly the reverse process, without the calls in which nothing changes
-    (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
+    """A uniformly random order, one token per call: exactly the reverse process, without the calls in which
+    nothing changes (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
     return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
 
 
-def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None, **options):
-    """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is denoised by the
-    sampler `inner` from the carried state, and its finished text moves the state on. What a block costs does not depend on what
-    came before it. Rows may have prefixes of different lengths: a row's first block begins after its own. `steps` is per block.
-    layout: that of the objective the network was trained with, block or b3d. eot: a row that has produced it gets nothing else
-    after it.
-    """
+def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None,
+          **options):
+    """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is
+    denoised by the sampler `inner` from the carried state, and its finished text moves the state on. What a
+    block costs does not depend on what came before it. Rows may have prefixes of different lengths: a row's
+    first block begins after its own. `steps` is per block. layout: that of the objective the network was
+    trained with, block or b3d. eot: a row that has produced it gets nothing else after it."""
     T, n = x.shape[1], block_size
     x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
-    start = (~known).long().cumsum(1).eq(0).sum(1)                            # (B,) length of the known prefix
-    state, ended = prefix_state(net, x[:, :int(start.max())], start), torch.zeros_like(start, dtype=torch.bool)
+    start = (~known).long().cumsum(1).eq(0).sum(1)                     # (B,) length of the known prefix
+    state = prefix_state(net, x[:, :int(start.max())], start)
+    ended = torch.zeros_like(start, dtype=torch.bool)
     while (start < T).any():
         at = start[:, None] + torch.arange(n, device=x.device)
         real, fixed = at < T, known.gather(1, at)
-        lengths = None if real.all() else real.sum(1).clamp_min(1)            # what lies past the end is padding
+        lengths = None if real.all() else real.sum(1).clamp_min(1)     # what lies past the end is padding
         given, piece = fixed | ~real | ended[:, None], x.gather(1, at)
         if eot is not None:
             piece = piece.masked_fill(ended[:, None] & ~fixed, eot)
-        done = SAMPLERS[inner](from_state(net, state, lengths, n, layout), piece, given, mask_id, generator, **options)
-        done = torch.where(given, piece, done)                                # whatever is past the end
+        denoise = from_state(net, state, lengths, n, layout)
+        done = SAMPLERS[inner](denoise, piece, given, mask_id, generator, **options)
+        done = torch.where(given, piece, done)                         # whatever is past the end
         if eot is not None:
             after = (done == eot).long().cumsum(1) - (done == eot).long() > 0
             done = done.masked_fill(after & ~fixed & real, eot)
@@ -1102,8 +1172,10 @@ def prefix_state(net, x, lengths):
     return torch.utils._pytree.tree_map(there, state)
 
 
-def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None, **unused):
-    """Token by token from left to right, for networks trained with objective=ar; the state is all that is carried."""
+def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None,
+       **unused):
+    """Token by token from left to right, for networks trained with objective=ar; the state is all that is
+    carried."""
     x, state, last = mask_tokens(x, ~known, mask_id), None, x.new_full((x.shape[0], 1), mask_id)
     ended = torch.zeros_like(known[:, :1])
     for i in range(x.shape[1]):
@@ -1145,15 +1217,17 @@ def normal(like, generator):
 
 
 def noise_steps(cfg, steps=0, default=50):
-    """How many steps to take from noise to text: `steps`, or where it is 0 `default`, or fewer if the network knows fewer."""
+    """How many steps to take from noise to text: `steps`, or where it is 0 `default`, or fewer if the network
+    knows fewer."""
     return steps or min(default, cfg.diffusion_steps or default)
 
 
 def descent(cfg, steps):
-    """[(t, s, abar(t), abar(s))] of `steps` steps from noise level t = 1 to 0. ValueError for more than cfg.diffusion_steps."""
+    """[(t, s, abar(t), abar(s))] of `steps` steps from noise level t = 1 to 0. ValueError for more than
+    cfg.diffusion_steps."""
     if cfg.diffusion_steps and steps > cfg.diffusion_steps:
-        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network was trained with: "
-                         "give at most those")
+        raise ValueError(f"steps={steps} is more than the diffusion_steps={cfg.diffusion_steps} the network "
+                         "was trained with: give at most those")
     levels = [i / steps for i in range(steps, -1, -1)]
     if cfg.diffusion_steps:
         levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
@@ -1161,15 +1235,17 @@ def descent(cfg, steps):
     return list(zip(levels, levels[1:], share, share[1:]))
 
 
-def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, eta=0.0, clamp=False, guidance=1.0,
-                    temperature=0.0, top_k=0, top_p=1.0, lengths=None, watch=None, latent=None, **unused):
-    """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens stay, and the network
-    sees them without noise.
+def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, eta=0.0, clamp=False,
+                    guidance=1.0, temperature=0.0, top_k=0, top_p=1.0, lengths=None, watch=None, latent=None,
+                    **unused):
+    """The loop of all samplers of Gaussian diffusion. x (B,T), known (B,T) -> x without a mask; known tokens
+    stay, and the network sees them without noise.
 
-    net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t. clamp: every estimate of x_0
-    goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2). guidance: on x_0, the unconditional side having
-    what is given noised, too, and no latent. temperature 0 rounds to the nearest embedding, otherwise tokens are drawn from the
-    last estimate's logits (top_k, top_p).
+    net: the network itself (its table() is needed); steps: from noise to text, evenly spaced in t. clamp:
+    every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2).
+    guidance: on x_0, the unconditional side having what is given noised, too, and no latent. temperature 0
+    rounds to the nearest embedding, otherwise tokens are drawn from the last estimate's logits (top_k,
+    top_p).
     """
     check_guidance(guidance, cfg)
     steps, table = descent(cfg, noise_steps(cfg, steps)), net.table()
@@ -1180,14 +1256,15 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
         options["latent"] = latent
     before = before_free = None
     for t, s, at, as_ in steps:
-        level = x_t.new_full(x.shape, t)
-        seen = torch.where(given, clean, x_t)
-        x0, logits, *_ = estimate(net, seen, level.masked_fill(known, 0), table, cfg, before=before, **options)
+        level, seen = x_t.new_full(x.shape, t), torch.where(given, clean, x_t)
+        levels = level.masked_fill(known, 0)
+        x0, logits, *_ = estimate(net, seen, levels, table, cfg, before=before, **options)
         if net.cfg.self_cond:
             before = x0
         if guidance != 1:
             noised = torch.where(given, at**0.5 * clean + (1 - at) ** 0.5 * normal(clean, generator), x_t)
-            free, free_logits, *_ = estimate(net, noised, level, table, cfg, lengths=lengths, before=before_free)
+            blind = dict(lengths=lengths, before=before_free)
+            free, free_logits, *_ = estimate(net, noised, level, table, cfg, **blind)
             if net.cfg.self_cond:
                 before_free = free
             x0, logits = guide(x0, free, guidance), guide(logits, free_logits, guidance)
@@ -1202,7 +1279,8 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
 GAUSSIAN_STEPS = {"ddpm": ddpm, "ddim": ddim}
 DECISIONS = {rule.__name__: rule for rule in (confidence, topk, ancestral, first_hitting)}
 SAMPLERS = {name: functools.partial(decode, rule) for name, rule in DECISIONS.items()}
-SAMPLERS |= {"block": block, "ar": ar} | {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
+SAMPLERS |= {"block": block, "ar": ar}
+SAMPLERS |= {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
 STATEFUL = ("block", "ar")   # these go on from a state, past the length of the rows trained on
 
 
@@ -1212,29 +1290,33 @@ STATEFUL = ("block", "ar")   # these go on from a state, past the length of the 
 def clean_latent(net, z):
     """Latents z (B,D) -> as the network takes them, normalised. ValueError for another dimension."""
     if z.shape[1:] != net.latent_prefix.mean.shape:
-        raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{len(net.latent_prefix.mean)})")
+        D = len(net.latent_prefix.mean)
+        raise ValueError(f"latents of shape {tuple(z.shape)}: this network takes (B,{D})")
     if net.latent_encoder is not None:     # an encoder's are normalised already
         return z
     return net.latent_prefix.normalise(z)
 
 
 def with_latent(net, z, guidance=1.0):
-    """The network as samplers call it, with the normalised clean latents z (B,D) before every row; the unconditional side of
-    guidance has no latent."""
+    """The network as samplers call it, with the normalised clean latents z (B,D) before every row; the
+    unconditional side of guidance has no latent."""
     def call(x, lengths=None, **options):
         if guidance == 1:
             return net(x, latent=z, lengths=lengths, **options)
         twice = lambda q: q if q is None else torch.cat([q, q])
-        both = net(twice(x), latent=torch.cat([z, torch.zeros_like(z)]), lengths=twice(lengths), **options).logits
-        return Logits(guide(*both.chunk(2), guidance))
+        both = torch.cat([z, torch.zeros_like(z)])
+        logits = net(twice(x), latent=both, lengths=twice(lengths), **options).logits
+        return Logits(guide(*logits.chunk(2), guidance))
     return call
 
 
-def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitting", guidance=1.0, x=None, known=None, **options):
-    """L2T: latents z (B,D) -> token ids (B,length), by a row of SAMPLERS with its options (steps, temperature, top_k, top_p, watch).
+def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitting", guidance=1.0, x=None,
+                            known=None, **options):
+    """L2T: latents z (B,D) -> token ids (B,length), by a row of SAMPLERS with its options (steps,
+    temperature, top_k, top_p, watch).
 
-    x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension, for guidance on a
-    network trained with drop_given=0.
+    x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension,
+    for guidance on a network trained with drop_given=0.
     """
     check_guidance(guidance, cfg)
     z = clean_latent(net, z)
@@ -1247,11 +1329,14 @@ def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitti
     return SAMPLERS[sampler](with_latent(net, z, guidance), x, known, net.mask_id, generator, **options)
 
 
-def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1.0, temperature=1.0, lengths=None):
-    """T2L: token ids x (B,T), rows of `lengths` (B,) tokens if given -> a sampled latent of each, (B,D), by DDIM.
+def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1.0, temperature=1.0,
+                            lengths=None):
+    """T2L: token ids x (B,T), rows of `lengths` (B,) tokens if given -> a sampled latent of each, (B,D), by
+    DDIM.
 
-    temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: the unconditional side
-    has the text masked. A Stage II network samples q(z|x), whose deviation temperature scales.
+    temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: the
+    unconditional side has the text masked. A Stage II network samples q(z|x), whose deviation temperature
+    scales.
     """
     check_guidance(guidance, cfg)
     noise = torch.randn(len(x), len(net.latent_prefix.mean), generator=generator).to(x.device)
@@ -1263,18 +1348,21 @@ def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1
         s = z_t.new_full((len(x),), t)
         z0 = estimate_latent(net, x, z_t, s, cfg, lengths)[1]
         if guidance != 1:
-            z0 = guide(z0, estimate_latent(net, torch.full_like(x, net.mask_id), z_t, s, cfg, lengths)[1], guidance)
+            blind = torch.full_like(x, net.mask_id)
+            z0 = guide(z0, estimate_latent(net, blind, z_t, s, cfg, lengths)[1], guidance)
         z_t = ddim(z0, z_t, at, as_, eta, generator) if after else z0
     return net.latent_prefix.restore(z_t)
 
 
-def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="first_hitting", eta=0.0, guidance=1.0,
-                 temperature=1.0, top_k=0, top_p=1.0, threshold=0.95, watch=None):
-    """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps` network calls (0: 64).
+def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="first_hitting", eta=0.0,
+                 guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, threshold=0.95, watch=None):
+    """Text and latent together from nothing -> token ids (rows,length) and latents (rows,D), in `steps`
+    network calls (0: 64).
 
-    lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to clean at one pace;
-    between, the latent is that much ahead. rule: confidence, topk, ancestral or first_hitting, which tokens are kept. guidance:
-    each against a network that sees nothing of the other. A Stage II network draws z from its prior, then the text from z.
+    lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to
+    clean at one pace; between, the latent is that much ahead. rule: confidence, topk, ancestral or
+    first_hitting, which tokens are kept. guidance: each against a network that sees nothing of the other. A
+    Stage II network draws z from its prior, then the text from z.
     """
     device, D = net.latent_prefix.mean.device, len(net.latent_prefix.mean)
     steps = noise_steps(cfg, steps, default=64)

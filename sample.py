@@ -1,13 +1,13 @@
 """Sample from a checkpoint: task answers, text, infills, latents.
 
-    python sample.py --ckpt=out/ckpt.pt                                    a task's checkpoint: answers to evaluation rows
-    python sample.py --ckpt=out/ckpt.pt --prompt="ROMEO:" --length=200     text after a prompt
-    python sample.py --ckpt=out/ckpt.pt --prompt="To be" --suffix="be."    text between the two
-    python sample.py --ckpt=out/ckpt.pt --text="ROMEO: ____, and ____"     every _ is a hole of one token (--hole chooses another sign)
-    python sample.py --ckpt=out/ckpt.pt --mode=l2t --latent=file.npy       text from latents (of a network trained on texts with latents)
-    python sample.py --ckpt=out/ckpt.pt --mode=t2l --text="To be"          a latent from text, written to latent.npy
-    python sample.py --ckpt=out/ckpt.pt --mode=joint                       both from nothing (stage2: z from the prior, then text)
-    ... --watch=1 shows the denoising step by step
+    python sample.py --ckpt=out/ckpt.pt             a task's checkpoint: answers to evaluation rows
+    ... --prompt="ROMEO:" --length=200              text after a prompt
+    ... --prompt="To be" --suffix="be."             text between the two
+    ... --text="ROMEO: ____, and ____"              every _ is a hole of one token (--hole: another sign)
+    ... --mode=l2t --latent=file.npy                text from latents, of a network trained with latents
+    ... --mode=t2l --text="To be"                   a latent from text, written to latent.npy
+    ... --mode=joint                                both from nothing (stage2: z from the prior, then text)
+    ... --watch=1                                   shows the denoising step by step
 """
 from configurator import stoppable
 
@@ -36,18 +36,18 @@ suffix = ""                 # text that must follow what is generated
 text = ""                   # text with a _ for each token to fill in
 hole = "_"                  # the sign of a hole in text: another one where the text itself has _
 mode = ""                   # with latents: l2t | t2l | joint | stage2; empty = what is given tells
-latent = ""                 # l2t: a .npy file of a latent (D,) or several (n,D), or of the vectors that latents were projected from
+latent = ""                 # l2t: a .npy file of latents, (D,) or (n,D), or of what they were projected from
 lead = 1.0                  # [0, 1] joint: 1 = the latent first, 0 = both at one pace
-out = ""                    # t2l, joint and stage2: the .npy file to write latents to; empty = latent.npy for t2l, none for others
+out = ""                    # t2l, joint, stage2: .npy file for latents; empty = latent.npy for t2l, else none
 length = 0                  # [0, 1e7] tokens to generate after a prompt; 0 = what fits the length trained on
 num_samples = 3             # [1, 1e6] samples of each prompt, all in one batch
-sampler = ""                # how masks are filled; empty = block or ar for networks trained so, confidence for others (with latents: first_hitting)
-steps = 0                   # [0, 1e6] denoiser calls (block: of each block); 0 = what the sampler asks for, at most one a token; ddpm, ddim: 50
+sampler = ""                # how masks are filled; empty = what fits the objective
+steps = 0                   # [0, 1e6] denoiser calls (block: per block); 0 = as the sampler needs
 threshold = 0.9             # [0, 1] confidence: a draw at least this probable is kept
 temperature = 1.0           # [0, 1e6] 0 = always the likeliest token
 top_k = 0                   # [0, 1e8] draw from the k likeliest tokens; 0 = from all
 top_p = 1.0                 # (0, 1] draw from the likeliest tokens that hold this much probability
-guidance = 1.0              # [-1000, 1000] uncond + guidance (cond - uncond), uncond not seeing the given text; 1 = none
+guidance = 1.0              # [-1000, 1000] uncond + guidance (cond - uncond); 1 = none
 eta = 0.0                   # [0, 1] ddim: 0 = deterministic, 1 = as random as ddpm
 clamp = False               # ddpm, ddim: every estimate goes to its nearest embeddings
 block_size = 0              # [0, 1e7] sampler=block: tokens of a block; 0 = as trained
@@ -57,11 +57,12 @@ watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 
-MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim for the masked part, green for what a step decided
+MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim: masked; green: what a step decided
 
 
 class Counted:
-    """The network as samplers call it, counting its calls; lengths: (B,) real tokens of each row, unless a call gives others."""
+    """The network as samplers call it, counting its calls; lengths: (B,) real tokens of each row, unless a
+    call gives others."""
 
     def __init__(self, model, lengths=None):
         self.model, self.lengths, self.calls, self.carried = model, lengths, 0, 0
@@ -104,7 +105,8 @@ def body(tokenizer, ids, was, mask_id):
 
 
 def settings_of(config):
-    """The settings a checkpoint was trained with, a dict -> all that matter here. SettingError for one that cannot be."""
+    """The settings a checkpoint was trained with, a dict -> all that matter here. SettingError for one that
+    cannot be."""
     groups = nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), {"seq_len": (128, "[1, 1e7]")}
     return configure(*groups, argv=[], env={}, show=False, choices=nets.CHOICES | diffusion.CHOICES,
                      adjust=lambda cfg: cfg.adopt(config, (), ckpt)).as_dict()
@@ -120,7 +122,8 @@ def lines_of(path):
 
 
 def rows_of_text(tokenizer, mask_id, T, prompts):
-    """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full. prompts: a list of texts."""
+    """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full. prompts: a list
+    of texts."""
     encode = lambda piece: torch.from_numpy(tokenizer.encode(piece).astype("int64"))
     masks = lambda n: torch.full((n,), mask_id)
     if len(hole) != 1:
@@ -149,14 +152,15 @@ def fill(model, objective, tokenizer, x, lengths, known):
     device, begun = model.emb.weight.device, time.perf_counter()
     x, known, lengths = (z if z is None else z.to(device) for z in (x, known, lengths))
     counted, name = Counted(model, lengths), sampler or objective.samplers[0]
-    options = dict(steps=steps, threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, eta=eta,
-                   clamp=clamp, block_size=block_size, eot=tokenizer.eot_id, watch=watcher(tokenizer, model.mask_id))
-    y = objective.fill(counted, x, known, data.generator(seed, 0, 3), sampler=name, lengths=lengths, **options)
+    options = dict(sampler=name, steps=steps, threshold=threshold, temperature=temperature, top_k=top_k,
+                   top_p=top_p, guidance=guidance, eta=eta, clamp=clamp, block_size=block_size,
+                   eot=tokenizer.eot_id, lengths=lengths, watch=watcher(tokenizer, model.mask_id))
+    y = objective.fill(counted, x, known, data.generator(seed, 0, 3), **options)
     assert (y[known] == x[known]).all() and (y != model.mask_id).all()
     taken, n = time.perf_counter() - begun, int((~known).sum())
     carried = f", from a state of {counted.carried:,} bytes per row" if counted.carried else ""
-    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} per call, {n / taken:.0f} tokens/s "
-          f"({name}{carried})")
+    print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} per call, "
+          f"{n / taken:.0f} tokens/s ({name}{carried})")
     return y.cpu()
 
 
@@ -168,15 +172,17 @@ def answer_task(model, objective, tokenizer, name, settings):
     for row in zip(x, masked, y):
         print(data.side_by_side(tokenizer, *row) + "\n")
     score = source.score(x, y, masked)
-    print(f"{name}: accuracy {score[f'{name}_acc']:.4f}, exact {score[f'{name}_exact']:.4f} of {num_samples} rows")
+    print(f"{name}: accuracy {score[f'{name}_acc']:.4f}, exact {score[f'{name}_exact']:.4f} of {num_samples} "
+          "rows")
 
 
 def write_text(model, objective, tokenizer, T, prompts):
     """Text after prompts, between a prompt and a suffix, or in holes."""
     x, lengths = rows_of_text(tokenizer, model.mask_id, T, prompts)
     if x.shape[1] > T and (sampler or objective.samplers[0]) not in diffusion.STATEFUL:
-        raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the seq_len={T} this network was trained "
-                         "on, and it sees a row whole: give less, or train with --objective=block or ar, which go on without end")
+        raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the "
+                         f"seq_len={T} this network was trained on, and it sees a row whole: give less, or "
+                         "train with --objective=block or ar, which go on without end")
     y, eot = fill(model, objective, tokenizer, x, lengths, x != model.mask_id), tokenizer.eot_id
     ends = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
     for row, was, n in zip(y, x, ends):
@@ -187,48 +193,61 @@ def write_text(model, objective, tokenizer, T, prompts):
 
 
 def read_latent(model, projection):
-    """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for anything else."""
+    """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for
+    anything else."""
     z, D = data.load_array(latent), model.cfg.latent_dim
     z = z[None] if z.ndim == 1 else z
     if z.ndim == 2 and projection and z.shape[1] == len(projection.mean) != D:
         z = projection(z)
     if z.ndim != 2 or z.shape[1] != D or z.dtype.kind != "f" or not np.isfinite(z).all():
         also = f" (or {len(projection.mean)}, which are projected)" if projection else ""
-        raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {D} per latent{also}")
+        raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {D} per "
+                         f"latent{also}")
     return torch.from_numpy(z.astype(np.float32))
 
 
 def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
-    asked, device, begun = mode or ("l2t" if latent else objective.modes[0]), model.emb.weight.device, time.perf_counter()
+    asked = mode or ("l2t" if latent else objective.modes[0])
+    device, begun = model.emb.weight.device, time.perf_counter()
     if asked not in objective.modes:
         *others, last = objective.modes
-        raise ValueError(f"mode={asked} is not for a network trained with objective={objective.cfg.objective}: choose "
+        raise ValueError(f"mode={asked} is not for a network trained with "
+                         f"objective={objective.cfg.objective}: choose "
                          + " or ".join([", ".join(others), last] if others else [last]))
     if (asked == "l2t") != bool(latent):
-        raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the others none")
+        raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the "
+                         "others none")
     rules = objective.latent_samplers
     if sampler and sampler not in rules:
-        raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of {', '.join(rules)}")
+        raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of "
+                         f"{', '.join(rules)}")
     n, g, diff = length or T, data.generator(seed, 0, 3), objective.cfg
     if n > T:
-        raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at most that")
+        raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at "
+                         "most that")
     draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
-    texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold, watch=watcher(tokenizer, model.mask_id))
+    texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold)
+    texts["watch"] = watcher(tokenizer, model.mask_id)
     x = None
     if asked == "t2l":
-        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in ([text] if text else prompts)]
+        given = [text] if text else prompts
+        rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
         if not min(map(len, rows)):
-            raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text per line, none of them empty")
-        given, lengths = padded(rows)
-        lengths = lengths if lengths is None else lengths.to(device)
-        z = diffusion.sample_latent_from_text(model, given.to(device), g, diff, lengths=lengths, **draws)
+            raise ValueError("mode=t2l needs text: give --text, or --prompt_file with a text per line, none "
+                             "of them empty")
+        ids, lengths = (q if q is None else q.to(device) for q in padded(rows))
+        z = diffusion.sample_latent_from_text(model, ids, g, diff, lengths=lengths, **draws)
     elif asked == "l2t":
-        projection = data.Projection(*(q.numpy() for q in saved["projection"])) if "projection" in saved else None
+        projection = None
+        if "projection" in saved:
+            projection = data.Projection(*(q.numpy() for q in saved["projection"]))
         z = read_latent(model, projection).repeat_interleave(num_samples, 0)
-        x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, sampler or rules[0], clamp=clamp, **texts)
+        texts |= dict(sampler=sampler or rules[0], clamp=clamp)
+        x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, **texts)
     else:
-        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, lead=lead, rule=sampler or rules[0], **texts)
+        texts |= dict(lead=lead, rule=sampler or rules[0])
+        x, z = diffusion.sample_joint(model, num_samples, n, g, diff, **texts)
     for row in [] if x is None else x.cpu().tolist():
         print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
     path, kind = out, "texts"
@@ -250,8 +269,8 @@ def main(cfg):
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
     trained = settings_of(saved["config"])
     if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
-        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may hold a prompt before its "
-                         "holes")
+        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may "
+                         "hold a prompt before its holes")
     prompts, T = lines_of(prompt_file) if prompt_file else [prompt], trained["seq_len"]
     size = num_samples * len(prompts) * (length or T) * max(1, saved["model_config"].get("vocab_size", 1))
     nets.in_memory(8 * size, f"num_samples={num_samples}, length={length}")
@@ -262,15 +281,16 @@ def main(cfg):
     name = trained["objective"] or ("task" if task else "masked_mean")
     objective = diffusion.OBJECTIVES[name](diffusion.trained_with(trained | {"objective": name}), model.cfg)
     if sampler and sampler not in objective.samplers + objective.latent_samplers:
-        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave sampler out, or choose "
+        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave "
+                         "sampler out, or choose "
                          + ", ".join(objective.samplers))
     texts = prompt or suffix or prompt_file or text
     if task and not texts:
         answer_task(model, objective, tokenizer, task, trained)
     elif mode or latent or objective.latents and not texts:
         if not model.cfg.latent_dim:
-            raise ValueError(f"mode={mode or 'l2t'} needs a network trained on texts with latents, {ckpt} is not one: leave mode and "
-                             "latent out")
+            raise ValueError(f"mode={mode or 'l2t'} needs a network trained on texts with latents, {ckpt} is "
+                             "not one: leave mode and latent out")
         write_latents(model, objective, tokenizer, saved, T, prompts)
     else:
         write_text(model, objective, tokenizer, T, prompts)
@@ -278,5 +298,6 @@ def main(cfg):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(configure(globals(), show=False, families=("WKV_*",), prefix="SAMPLE_", choices=dict(
-            sampler=["", *diffusion.SAMPLERS], mode=["", "l2t", "t2l", "joint", "stage2"], wkv_impl=wkv_cuda.BACK_ENDS)))
+        names = dict(sampler=["", *diffusion.SAMPLERS], mode=["", "l2t", "t2l", "joint", "stage2"],
+                     wkv_impl=wkv_cuda.BACK_ENDS)
+        main(configure(globals(), show=False, families=("WKV_*",), prefix="SAMPLE_", choices=names))

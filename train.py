@@ -38,10 +38,10 @@ from configurator import configure, one_line_errors, replace_file, short, writte
 
 # ---- settings: each is a key, KEY=value in the environment or --key=value ----
 out_dir = "out"             # ckpt.pt, config.json and log.jsonl go here
-init_from = "scratch"       # scratch | resume (from out_dir/ckpt.pt) | path of a checkpoint or official RWKV-7 .pth
+init_from = "scratch"       # scratch | resume (from out_dir/ckpt.pt) | a checkpoint or official RWKV-7 .pth
 train = True                # 0 = only evaluate (weights_path, else init_from, else out_dir/ckpt.pt)
 weights_path = ""           # also write the final checkpoint here; with train=0, evaluate this one
-data_path = ""              # text, a folder of `python data.py prepare` or latents; empty = Python's own library
+data_path = ""              # text, or a folder of `python data.py prepare` or latents; empty = Python's code
 data_bin = ""               # token files to learn instead: modded-nanogpt's, or bare uint16 as nanoGPT's
 data_val_bin = ""           # ... held-out ones; empty = the last 10 %
 use_external_latents = True  # texts with latents: 0 = the texts alone, for a Stage II encoder
@@ -68,14 +68,14 @@ weight_decay = 0.001        # [0, 100] adamw: the big matrices
 warmup_iters = 0            # [0, 1e12] steps of linear warm-up
 warmdown_iters = 900        # [0, 1e12] last steps, in which the rate falls to 0; 0.9 max_iters unless given
 grad_clip = 0.0             # [0, 1e30] largest gradient norm; 0 = no clipping
-ema = 0.0                   # [0, 1) decay of an average of the weights, which is then evaluated and sampled from
+ema = 0.0                   # [0, 1) decay of an average of the weights, which is evaluated and sampled from
 freeze_backbone = False     # what pretrained RWKV-7 weights hold does not learn, only what they lack
 train_lm_head = False       # ... but the text head does
 use_rwkv_lm_head = True     # pretrained weights: 0 = a text head from scratch, which learns
 freeze = ""                 # parameters that do not learn: regular expressions, as emb,blocks.0
 unfreeze_after_steps = 0    # [0, 1e12] from this step on ...
 unfreeze_patterns = ""      # ... these learn after all (freeze=. and unfreeze_patterns=. is all of them)
-dtype = "auto"              # matrix products: fp32 | bf16 (all else stays fp32) | auto = bf16 where it is fast
+dtype = "auto"              # matrix products: fp32 | bf16 (the rest is fp32) | auto = bf16 where it is fast
 # evaluation and logging
 eval_interval = 200         # [1, 1e12] steps between evaluations and checkpoints
 eval_iters = 20             # [1, 1e6] batches of held-out text per evaluation
@@ -90,30 +90,34 @@ device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 compile = False             # the layers through torch.compile; where it does not work the run goes on without
-shard = False               # torchrun: weights, gradients, optimizer states sharded over the processes (FSDP2)
+shard = False               # torchrun: weights, gradients, optimizer states are sharded (FSDP2)
 
 
 # ---- settings that depend on others ----
 
+def source_kind(cfg):
+    """The class of the data that was asked for."""
+    if tasks.chosen(cfg.as_dict()):
+        return data.TaskSource
+    return data.PairSource if data.has_pairs(cfg.data_path) else data.TextSource
+
+
 def objective_name(cfg):
     """The objective asked for, or that of the data."""
-    if cfg.objective:
-        return cfg.objective
-    if tasks.chosen(cfg.as_dict()):
-        return data.TaskSource.objective
-    if data.has_pairs(cfg.data_path):
-        return data.PairSource.objective
-    return data.TextSource.objective
+    return cfg.objective or source_kind(cfg).objective
 
 
 KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "shard")   # never taken from a checkpoint
 
 
 def defaults_for(cfg):
-    """Defaults that depend on other settings; where a run goes on from or evaluates a checkpoint of ours, the settings that it was
-    trained with; the objective's; a task's small published sizes, so that the main job takes about a minute."""
+    """Defaults that depend on other settings; where a run goes on from or evaluates a checkpoint of ours, the
+    settings that it was trained with; the objective's; a task's small published sizes, so that the main job
+    takes about a minute."""
     path = start_path(cfg)
-    cfg.saved = nets.load_checkpoint(path) if path else {}
+    cfg.saved = {}
+    if path:
+        cfg.saved = nets.load_checkpoint(path)
     trained = cfg.saved.get("config")
     if trained and (cfg.init_from == "resume" or not cfg.train):
         cfg.adopt(trained, KEEP, why=path)
@@ -144,60 +148,62 @@ def start_path(cfg):
 
 
 def check_settings(cfg, saved, world, resumed):
-    """What the settings must satisfy before anything is built, and long before anything is written -> rows per micro-batch."""
+    """What the settings must satisfy before anything is built, and long before anything is written.
+    """
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     micro = cfg.device_bsz or max(1, cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
         fits = max(1, round(cfg.batch_size / (micro * world))) * micro * world
-        raise ValueError(f"batch_size={cfg.batch_size} is not a multiple of device_bsz={micro} times {world} process(es): "
-                         f"choose batch_size={fits}")
+        raise ValueError(f"batch_size={cfg.batch_size} is not a multiple of device_bsz={micro} times {world} "
+                         f"process(es): choose batch_size={fits}")
     if cfg.shard and cfg.compile:
         raise ValueError("shard=1 is not for compile=1: choose one of them")
     if cfg.shard and world == 1:
-        raise ValueError("shard=1 splits a network over processes: start them with torchrun --nproc_per_node=N train.py")
+        raise ValueError("shard=1 splits a network over processes: start them with torchrun "
+                         "--nproc_per_node=N train.py")
     check_place("out_dir", cfg.out_dir, folder=True)
     if cfg.train and cfg.weights_path:
         check_place("weights_path", cfg.weights_path, folder=False)
-    lacking = [key for key in ("step", "config", "tokenizer", "optimizers", "model_config") if key not in saved]
+    needed = ("step", "config", "tokenizer", "optimizers", "model_config")
+    lacking = [key for key in needed if key not in saved]
     if resumed and lacking:
-        raise ValueError(f"{own} lacks {', '.join(lacking)}: only a checkpoint of train.py can be resumed, from others start with "
-                         f"--init_from={own}")
+        raise ValueError(f"{own} lacks {', '.join(lacking)}: only a checkpoint of train.py can be resumed, "
+                         f"from others start with --init_from={own}")
     rows = cfg.batch_size
     if tasks.chosen(cfg.as_dict()):
         rows = max(rows, cfg.struct_eval_n)
     nets.in_memory(16 * rows * cfg.seq_len, f"seq_len={cfg.seq_len} with {rows} rows")
-    return micro
 
 
 def check_place(key, path, folder):
-    """ValueError unless `path` can be written: a folder that is there or can be made, or a file in such a one."""
+    """ValueError unless `path` can be written: a folder that is there or can be made, or a file in one."""
     if not folder and os.path.isdir(path):
         raise ValueError(f"{key}={path} is a folder: give the name of a file")
-    where, missing = path, []
-    while not (os.path.isdir(where) if missing or folder else False):
-        missing.append(os.path.basename(where.rstrip("/")))
-        where = os.path.dirname(where.rstrip("/")) or os.path.dirname(where) or "."
-        if os.path.lexists(where) and not os.path.isdir(where):
-            break
+    where, missing = os.path.abspath(path), []
+    while not os.path.lexists(where) or not folder and not missing:
+        where, name = os.path.split(where)
+        missing.append(name)
     try:
         if not os.path.isdir(where) or not os.access(where, os.W_OK):
             raise OSError(f"{where} is not a folder that can be written")
-        for name in missing:               # too long a name
+        for name in missing:               # is one too long, with what is put behind it while it is written?
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(os.path.join(where, f"{name}.tmp"))
-        first = os.path.join(where, missing[-1]) if missing[not folder:] else ""
-        if first:                          # some file systems say yes and then refuse
+        if missing[not folder:]:           # some file systems say yes and then refuse
+            first = os.path.join(where, missing[-1])
             os.mkdir(first)
             os.rmdir(first)
     except OSError as e:
-        raise ValueError(f"{key}={short(path)} cannot be written ({e.strerror or e}): choose another with --{key}") from None
+        raise ValueError(f"{key}={short(path)} cannot be written ({e.strerror or e}): choose another with "
+                         f"--{key}") from None
 
 
 # ---- processes, and what a run holds on disk ----
 
 
 def launched():
-    """What torchrun says of this process -> rank, world, local rank. ValueError for half of it, or for what cannot be."""
+    """What torchrun says of this process -> rank, world, local rank. ValueError for half of it, or for what
+    cannot be."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given:
@@ -207,7 +213,8 @@ def launched():
     try:
         rank, world, local = (int(given[name]) for name in names)
     except (KeyError, ValueError):
-        raise ValueError(f"{said}: a process needs all of RANK, WORLD_SIZE and LOCAL_RANK, whole numbers: {repair}") from None
+        raise ValueError(f"{said}: a process needs all of RANK, WORLD_SIZE and LOCAL_RANK, whole numbers: "
+                         f"{repair}") from None
     if not 0 <= rank < world or not 0 <= local < world:
         raise ValueError(f"{said}: there are no such processes: {repair}")
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -216,7 +223,8 @@ def launched():
 
 
 def lock(folder):
-    """Hold a folder, if it is there, until this process ends -> the lock. ValueError: another run holds it."""
+    """Hold a folder, if it is there, until this process ends -> the lock. ValueError: another run holds it.
+    """
     if not os.path.isdir(folder):
         return None
     held = os.open(folder, os.O_RDONLY)
@@ -225,18 +233,26 @@ def lock(folder):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(held)
-        raise ValueError(f"another run is writing to out_dir={folder}: wait for it, or choose another --out_dir") from None
+        raise ValueError(f"another run is writing to out_dir={folder}: wait for it, or choose another "
+                         "--out_dir") from None
     except (OSError, ImportError):         # a file system or a system without locks
         pass
     return held
 
 
-def move_aside(path, print0):
+def print0(text):
+    """Print above any progress bar; only the first process does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def move_aside(path):
     """Starting afresh never overwrites a finished run: its checkpoint becomes ckpt.pt.1, ckpt.pt.2, ..."""
     if os.path.exists(path):
         n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
         os.replace(path, f"{path}.{n}")
-        print0(f"moved the checkpoint of an earlier run to {path}.{n} (--init_from=resume would have gone on from it)")
+        print0(f"moved the checkpoint of an earlier run to {path}.{n} (--init_from=resume would have gone on "
+               "from it)")
 
 
 class Log:
@@ -246,7 +262,8 @@ class Log:
         self.file, self.lines = None, []
 
     def open(self, path, mode):
-        """mode: "w", or "a" to go on; half a line, which a killed run or a full disk left at the end, is cut off."""
+        """mode: "w", or "a" to go on; half a line, which a killed run or a full disk left at the end, is cut
+        off."""
         if mode == "a" and os.path.exists(path):
             with open(path, "rb+") as f:
                 text = f.read()
@@ -262,8 +279,8 @@ class Log:
                 self.file.write("".join(self.lines))
                 self.file.flush()
             except OSError as e:
-                raise ValueError(f"{self.file.name} cannot be written ({e.strerror}): the last checkpoint stays, make room and "
-                                 "go on with --init_from=resume") from None
+                raise ValueError(f"{self.file.name} cannot be written ({e.strerror}): the last checkpoint "
+                                 "stays, make room and go on with --init_from=resume") from None
             self.lines.clear()
 
 
@@ -277,7 +294,8 @@ def in_json(x):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM while training: the first asks for an end after the step at hand, a second one ends at once."""
+    """Ctrl-C and SIGTERM while training: the first asks for an end after the step at hand, a second one ends
+    at once."""
 
     def __init__(self):
         self.code = 0
@@ -294,36 +312,41 @@ class Stop:
 
 
 def open_source(cfg, saved):
-    """The data: the chosen task, or data_bin or data_path, with the tokenizer of the checkpoint `saved`, if it has one."""
-    old, task = saved.get("tokenizer"), tasks.chosen(cfg.as_dict())
-    name, pairs = objective_name(cfg), data.has_pairs(cfg.data_path)
-    kind = "task" if task else "pairs" if pairs else "text"
-    diffusion.OBJECTIVES[name].check_source(name, kind, cfg.data_path)
-    if task:
-        source = data.TaskSource(task, tasks.params(task, cfg.as_dict()), cfg.seq_len, cfg.trim_rows and not cfg.compile)
+    """The data: the chosen task, or data_bin or data_path, with the tokenizer of the checkpoint `saved`, if
+    it has one."""
+    old, path, T, name = saved.get("tokenizer"), cfg.data_path, cfg.seq_len, objective_name(cfg)
+    kind = source_kind(cfg)
+    diffusion.OBJECTIVES[name].check_source(name, kind.kind, path)
+    asked = cfg.tokenizer if cfg.given("tokenizer") else ""
+    if kind is data.TaskSource:
+        task = tasks.chosen(cfg.as_dict())
+        trim = cfg.trim_rows and not cfg.compile       # compiled shapes stay fixed
+        source = kind(task, tasks.params(task, cfg.as_dict()), T, trim)
     else:
-        asked = cfg.tokenizer if cfg.given("tokenizer") else ""
         if old:
             asked = data.agreed(asked, old, "the checkpoint")
-        if pairs:
-            source = data.PairSource(cfg.data_path, cfg.seq_len, asked, cfg.use_external_latents, cfg.skip_missing)
+        if kind is data.PairSource:
+            source = kind(path, T, asked, cfg.use_external_latents, cfg.skip_missing)
         else:
-            source = data.TextSource(cfg.data_path, cfg.seq_len, asked, cfg.data_bin, cfg.data_val_bin, cfg.vocab_size)
+            source = kind(path, T, asked, cfg.data_bin, cfg.data_val_bin, cfg.vocab_size)
     if old and not data.same_vocabulary(old, source.tokenizer.state()):
-        raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the data "
-                         f"({source.tokenizer.alphabet!r}): use the task it was trained on, or start with --init_from=scratch")
+        raise ValueError(f"the checkpoint's vocabulary {old['alphabet'] or old['kind']!r} is not that of the "
+                         f"data ({source.tokenizer.alphabet!r}): use the task it was trained on, or start "
+                         "with --init_from=scratch")
     return source
 
 
 def build_model(cfg, source, path, saved):
-    """The network, from scratch or with the weights of a checkpoint; its shape must be what the user asked for."""
+    """The network, from scratch or with the weights of a checkpoint; its shape must be what the user asked
+    for."""
     V, D = source.tokenizer.vocab_size, source.latent_dim
     if cfg.vocab_size and cfg.vocab_size < V:
         raise ValueError(f"vocab_size={cfg.vocab_size} is too small: the data has {V} tokens; leave it at 0")
     asked = cfg.pick(nets.ModelConfig, vocab_size=cfg.vocab_size or V, latent_dim=cfg.latent_dim or D)
     if D and asked.latent_dim != D:
-        raise ValueError(f"latent_dim={asked.latent_dim}, but the latents of {source.name} have {D} dimensions: leave it at 0, or "
-                         f"make others with python data.py project --dim={asked.latent_dim}")
+        raise ValueError(f"latent_dim={asked.latent_dim}, but the latents of {source.name} have {D} "
+                         "dimensions: leave it at 0, or make others with python data.py project "
+                         f"--dim={asked.latent_dim}")
     was, kind = saved.get("model_config") or {}, diffusion.OBJECTIVES[objective_name(cfg)]
     new = kind.added(was, asked, cfg.objective, path or "init_from=scratch")
     torch.manual_seed(cfg.random_seed)     # for all, or for what the checkpoint lacks
@@ -336,14 +359,15 @@ def build_model(cfg, source, path, saved):
     model = nets.from_pretrained(path, saved, **changes)
     if not cfg.use_rwkv_lm_head and cfg.init_from != "resume" and cfg.train:
         if model.cfg.tie_embeddings:
-            raise ValueError("use_rwkv_lm_head=0 needs a head of its own, but with tie_embeddings the token embedding is the head: "
-                             "leave it at 1")
+            raise ValueError("use_rwkv_lm_head=0 needs a head of its own, but with tie_embeddings the token "
+                             "embedding is the head: leave it at 1")
         torch.nn.init.orthogonal_(model.head.weight.data, nets.head_gain(model.cfg))
     if D and model.cfg.latent_dim != D:
-        raise ValueError(f"{path} knows latents of {model.cfg.latent_dim} dimensions, those of {source.name} have {D}: "
-                         "project them alike")
+        raise ValueError(f"{path} knows latents of {model.cfg.latent_dim} dimensions, those of {source.name} "
+                         f"have {D}: project them alike")
     if model.cfg.vocab_size < V:
-        raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer it was trained with")
+        raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer "
+                         "it was trained with")
     return model if was.get("latent_dim") else kind.prepare(model, source)
 
 
@@ -363,8 +387,8 @@ def changed_settings(cfg, before):
 
 
 class Learner(torch.nn.Module):
-    """The network with its objective as one module: DistributedDataParallel and FSDP see one forward pass, however often the
-    loss calls the network."""
+    """The network with its objective as one module: DistributedDataParallel and FSDP see one forward pass,
+    however often the loss calls the network."""
 
     def __init__(self, net, objective):
         super().__init__()
@@ -385,8 +409,9 @@ def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg, device))
 
 
-def try_compile(cfg, learner, batch, device, print0):
-    """Compile the network and try it on a batch; where torch.compile does not work, say so and leave the network as it was."""
+def try_compile(cfg, learner, batch, device):
+    """Compile the network and try it on a batch; where torch.compile does not work, say so and leave the
+    network as it was."""
     nets.compile_blocks(learner.model)
     try:
         with autocast(cfg, device):
@@ -399,9 +424,11 @@ def try_compile(cfg, learner, batch, device, print0):
 
 
 def shard_over_processes(learner):
-    """Parameters are sharded, each block a group of its own (FSDP2); ln0 has one because it is used outside its block."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method      # here: it takes a second
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")      # a block's state: nothing writes to it
+    """Parameters are sharded, each block a group of its own (FSDP2); ln0 has one because it is used outside
+    its block."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method       # takes a second
+    # a block's state is a view, and nothing writes to it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     blocks = learner.model.blocks
     for module in (blocks[0].ln0, *blocks, learner):
         fully_shard(module)
@@ -410,7 +437,8 @@ def shard_over_processes(learner):
 
 def gather(state):
     """A nest of tensors with the sharded ones (DTensor) put together, on the CPU of every process."""
-    whole = lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+    def whole(x):
+        return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
     return torch.utils._pytree.tree_map(whole, state)
 
 
@@ -426,8 +454,8 @@ def reshard_like(p, x):
 
 
 def set_trainable(cfg, model, step, unused=""):
-    """Which parameters learn at this step: all but those that `freeze` names or freeze_backbone means, and from
-    unfreeze_after_steps on unfreeze_patterns, too; never those that match `unused` -> their number."""
+    """Which parameters learn at this step: all but those that `freeze` names or freeze_backbone means, and
+    from unfreeze_after_steps on unfreeze_patterns, too; never those that match `unused` -> their number."""
     names = [name for name, _ in model.named_parameters()]
     frozen = named(names, "freeze", cfg.freeze)
     if cfg.freeze_backbone:
@@ -450,21 +478,24 @@ def named(names, key, patterns):
         except re.error as e:
             raise ValueError(f"{key}={pattern!r} is no regular expression: {e}") from None
         if not mine:
-            raise ValueError(f"{key}={pattern!r} matches no parameter: the names are those of the model, such as {names[0]} or "
-                             f"{names[-1]}")
+            raise ValueError(f"{key}={pattern!r} matches no parameter: the names are those of the model, "
+                             f"such as {names[0]} or {names[-1]}")
         found |= set(mine)
     return found
 
 
 def backbone(cfg, names):
-    """What freeze_backbone freezes. The embeddings are not among it: one row of them, the mask's, must learn (mask_row_only)."""
-    head_learns = cfg.train_lm_head or not cfg.use_rwkv_lm_head
-    old = {name for name in names if name != "emb.weight" and not any(part in name for part in nets.ADDED)}
-    return old - {"head.weight"} if head_learns else old
+    """What freeze_backbone freezes. The embeddings are not among it: one row of them, the mask's, must learn
+    (mask_row_only)."""
+    learn = {"emb.weight"}
+    if cfg.train_lm_head or not cfg.use_rwkv_lm_head:
+        learn.add("head.weight")
+    return {name for name in names if name not in learn and not any(part in name for part in nets.ADDED)}
 
 
 def mask_row_only(cfg, model, step):
-    """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has set them free."""
+    """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has
+    set them free."""
     patterns = filter(None, cfg.unfreeze_patterns.split(","))
     free = step >= cfg.unfreeze_after_steps and any(re.search(pattern, "emb.weight") for pattern in patterns)
     grad = model.emb.weight.grad
@@ -478,7 +509,9 @@ def mask_row_only(cfg, model, step):
 
 def lr_factor(cfg, step):
     """Linear warm-up, flat, linear warm-down that would reach 0 one step after the last."""
-    return min(1.0, (step + 1) / max(1, cfg.warmup_iters), (cfg.max_iters - step) / max(1, cfg.warmdown_iters))
+    up = (step + 1) / max(1, cfg.warmup_iters)
+    down = (cfg.max_iters - step) / max(1, cfg.warmdown_iters)
+    return min(1.0, up, down)
 
 
 def set_rates(cfg, groups, base_lrs, step):
@@ -489,23 +522,26 @@ def set_rates(cfg, groups, base_lrs, step):
             group["momentum"] = 0.85 + 0.1 * min(1.0, step / cfg.momentum_iters)
 
 
-def micro_batches(step, source, objective, B, micro, seed, rank=0, world=1):
-    """This process's rows of a step's global batch of B, in micro-batches -> [Batch], the denominators of the loss terms."""
+def micro_batches(step, source, objective, B, device_bsz, seed, rank=0, world=1):
+    """This process's rows of a step's global batch of B, in micro-batches -> [Batch], the denominators of the
+    loss terms."""
     lo, hi = rank * B // world, (rank + 1) * B // world
     rows = source.train_rows(step, B, lo, hi, seed)
     draw = diffusion.Draw(data.generator(seed, step, 0), B, lo, hi, source.T)
     batch, total = objective.noise(rows, draw, step)
-    return [diffusion.Batch(*part) for part in diffusion.split(micro, *batch)], total
+    parts = diffusion.split(device_bsz or hi - lo, *batch)
+    return [diffusion.Batch(*part) for part in parts], total
 
 
 def add_gradients(cfg, trained, learner, parts, total, step, device, world):
-    """Micro-batches add up to the gradient of the mean over the global batch -> the loss terms of this process."""
+    """Gradients of the micro-batches, summed over processes with the last -> this process's loss terms."""
     terms = torch.zeros(total.shape, device=device)
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        waits = trained.no_sync() if trained is not learner and not last else contextlib.nullcontext()
+        last, waits = i == len(parts) - 1, contextlib.nullcontext()
         if cfg.shard:
             learner.set_requires_gradient_sync(last)
+        elif trained is not learner and not last:
+            waits = trained.no_sync()
         with waits:
             with autocast(cfg, device):
                 term = trained(part.to(device), step) / total
@@ -514,70 +550,98 @@ def add_gradients(cfg, trained, learner, parts, total, step, device, world):
     return terms
 
 
-def evaluate(cfg, learner, source, device, step):
+@dataclasses.dataclass
+class Run:
+    """What the functions of a run share. Once it is set up, only saved_at changes."""
+    cfg: object
+    lead: bool                             # is this the first process, which writes?
+    device: torch.device
+    own: str                               # the checkpoint it writes
+    source: object
+    objective: object
+    model: torch.nn.Module
+    learner: Learner
+    evaluated: Learner                     # the learner, or that of the average
+    averaged: object
+    optimizers: list
+    base_lrs: list
+    projection: object                     # of the latents, for the checkpoint
+    start: int
+    log: Log
+    saved_at: object = None                # the last checkpoint's step
+
+    def way_back(self):
+        """What to do when numbers are not finite any more."""
+        last = "start again"
+        if self.saved_at is not None:
+            last = f"the last good checkpoint is {self.own} (step {self.saved_at}); go on from there"
+        return f"{last} with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1"
+
+    def groups(self):
+        return [group for o in self.optimizers for group in o.param_groups]
+
+
+def evaluate(run, step):
     """-> {"val_loss": ..., ...}, (target, masked, predicted) of a row to show."""
-    objective = learner.objective
-    if source.kind == "task":
-        seed = cfg.struct_eval_seed if cfg.struct_eval_fixed else f"{cfg.struct_eval_seed} {step}"
-        rows = source.eval_rows(cfg.struct_eval_n, seed)
+    cfg = run.cfg
+    if run.source.kind == "task":
+        seed = cfg.struct_eval_seed
+        if not cfg.struct_eval_fixed:
+            seed = f"{seed} {step}"
+        rows = run.source.eval_rows(cfg.struct_eval_n, seed)
     else:
-        rows = source.eval_rows(cfg.batch_size * min(cfg.eval_iters, objective.eval_batches))
-    rows = data.Rows(*(z if z is None else z.to(device) for z in rows))
-    with torch.no_grad(), autocast(cfg, device):
-        return learner.evaluate(source, rows, data.generator(cfg.struct_eval_seed, 0, 2), cfg.batch_size)
+        rows = run.source.eval_rows(cfg.batch_size * min(cfg.eval_iters, run.objective.eval_batches))
+    with torch.no_grad(), autocast(cfg, run.device):
+        generator = data.generator(cfg.struct_eval_seed, 0, 2)
+        return run.evaluated.evaluate(run.source, rows.to(run.device), generator, cfg.batch_size)
 
 
-def report(step, back, cfg, learner, source, device, log, print0):
-    """Evaluate, print, log. back: what to do if the loss is not finite."""
-    metrics, sample = evaluate(cfg, learner, source, device, step)
+def report(run, step):
+    """Evaluate, print, log."""
+    metrics, sample = evaluate(run, step)
     if "alarm" in metrics:
         print0(metrics["alarm"])
     if not math.isfinite(metrics["val_loss"]):
-        raise ValueError(f"the evaluation at step {step} gave val_loss={metrics['val_loss']}: {back}")
-    log.write(event="eval", step=step, **metrics)
+        raise ValueError(f"the evaluation at step {step} gave val_loss={metrics['val_loss']}: "
+                         f"{run.way_back()}")
+    run.log.write(event="eval", step=step, **metrics)
     line = []
     for key, value in metrics.items():
         level = re.search(r"_(\d\.\d)$", key)
         if key.endswith("_se") or level and level[1] not in ("0.2", "0.5", "0.8", "1.0"):
             continue                       # of what is known for ten noise levels the screen shows some
-        error = metrics.get(f"{key}_se")
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
-        line.append(f"{key.replace('_', ' ')} {text}" + ("" if error is None else f" ± {error:.4f}"))
+        text = f"{key.replace('_', ' ')} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+        if metrics.get(f"{key}_se") is not None:
+            text += f" ± {metrics[f'{key}_se']:.4f}"
+        line.append(text)
     print0(f"step {step}: " + ", ".join(line))
-    if cfg.log_sample:
-        print0(data.side_by_side(source.tokenizer, *(z.cpu() for z in sample), cfg.log_win))
+    if run.cfg.log_sample:
+        print0(data.side_by_side(run.source.tokenizer, *(z.cpu() for z in sample), run.cfg.log_win))
 
 
-def way_back(own, saved_at):
-    """What to do when numbers are not finite any more."""
-    last = "start again"
-    if saved_at is not None:
-        last = f"the last good checkpoint is {own} (step {saved_at}); go on from there"
-    return f"{last} with a lower rate (--muon_lr, --learning_rate) or --grad_clip=1"
-
-
-def save(step, back, cfg, path, model, optimizers, averaged, source, projection, lead):
-    """Write a checkpoint -> step. ValueError if a weight is not finite; back: what to do then."""
-    averages = averaged.state_dict() if averaged else None
-    weights, states, averages = gather([model.state_dict(), [o.state_dict() for o in optimizers], averages])
+def save(run, step):
+    """Write a checkpoint. ValueError if a weight is not finite."""
+    states = [o.state_dict() for o in run.optimizers]
+    averages = run.averaged and run.averaged.state_dict()
+    weights, states, averages = gather([run.model.state_dict(), states, averages])
     for name, x in weights.items():
         if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"after step {step} {name} holds numbers that are not finite: {back}")
-    if not lead:
-        return step
-    content = dict(model=weights, model_config=dataclasses.asdict(model.cfg), step=step, optimizers=states, config=cfg.as_dict(),
-                   tokenizer=source.tokenizer.state())
+            raise ValueError(f"after step {step} {name} holds numbers that are not finite: {run.way_back()}")
+    content = dict(model=weights, model_config=dataclasses.asdict(run.model.cfg), step=step,
+                   optimizers=states, config=run.cfg.as_dict(), tokenizer=run.source.tokenizer.state())
     if averages:
         content["averaged"] = averages
-    if projection:
-        content["projection"] = [torch.as_tensor(np.asarray(part)) for part in projection]
-    nets.save_checkpoint(path, content)
-    return step
+    if run.projection:
+        content["projection"] = [torch.as_tensor(np.asarray(part)) for part in run.projection]
+    if run.lead:
+        nets.save_checkpoint(run.own, content)
+    run.saved_at = step
 
 
 def restore(optimizers, states, path, changed):
-    """The optimizers go on from the states of a checkpoint, with this run's rates and other settings. ValueError if the
-    states are of other parameters; `changed`: the settings that were given and are not those it was trained with."""
+    """The optimizers go on from the states of a checkpoint, with this run's rates and other settings.
+    ValueError if the states are of other parameters; `changed`: the settings that were given and are not
+    those it was trained with."""
     try:
         for o, state in zip(optimizers, states, strict=True):
             settings = [{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]
@@ -585,25 +649,29 @@ def restore(optimizers, states, path, changed):
             for g, mine in zip(o.param_groups, settings):
                 g.update(mine)
             for p, kept in o.state.items():
-                kept |= {k: reshard_like(p, v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == p.shape}
-                if any(torch.is_tensor(v) and v.numel() not in (1, p.numel()) for v in kept.values()):
-                    raise ValueError("a state of another shape")
+                for key, value in kept.items():
+                    if torch.is_tensor(value) and value.numel() not in (1, p.numel()):
+                        raise ValueError("a state of another shape")
+                    if torch.is_tensor(value) and value.shape == p.shape:
+                        kept[key] = reshard_like(p, value)
     except Exception as e:                 # a file may hold anything
         repair = "it was written by another version of this code"
         if changed:
             repair = f"leave {', '.join(changed)} out"
-        raise ValueError(f"the optimizer's state in {path} is not that of this run ({short(str(e))}): {repair}, or start a "
-                         f"new run from its weights with --init_from={path} and another --out_dir") from None
+        raise ValueError(f"the optimizer's state in {path} is not that of this run ({short(str(e))}): "
+                         f"{repair}, or start a new run from its weights with --init_from={path} and another "
+                         "--out_dir") from None
 
 
 def header(cfg, model, device):
     """The first line of log.jsonl: all that is needed to repeat the run."""
-    count = lambda parameters: sum(p.numel() for p in parameters)
-    return {"event": "start", "parameters": count(model.parameters()),
-            "active": count(p for p in model.parameters() if p.requires_grad), "git": commit(),
-            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0], "device": str(device),
-            "dtype": "bf16" if in_bf16(cfg, device) else "fp32",
-            "kernel": wkv_cuda.backend(device.type), "threads": torch.get_num_threads(), "config": cfg.as_dict()}
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {"event": "start", "parameters": sum(n for n, _ in sizes),
+            "active": sum(n for n, learns in sizes if learns), "git": commit(),
+            "torch": torch.__version__, "numpy": np.__version__,
+            "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(),
+            "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type),
+            "config": cfg.as_dict()}
 
 
 def commit():
@@ -619,78 +687,46 @@ def commit():
 # ---- the run ----
 
 
-def parallel(learner, world, cfg):
-    """The learner as the steps call it: with DistributedDataParallel over several processes, unless it is sharded."""
-    if world == 1 or cfg.shard:
-        return learner
-    return DistributedDataParallel(learner, find_unused_parameters=not learner.objective.uses_all)
+def parallel(run):
+    """The learner as the steps call it: over several processes by DistributedDataParallel, unless sharded."""
+    if run.cfg.shard or not dist.is_initialized():
+        return run.learner
+    return DistributedDataParallel(run.learner, find_unused_parameters=not run.objective.uses_all)
 
 
 def agree(total, ending, device):
-    """Sums of the denominators over all processes, and whether one of them is asked to stop: all do so after the same step."""
+    """Sums of the denominators over all processes, and whether one of them is asked to stop: then all do."""
     shared = torch.cat([total.view(-1), total.new_tensor([ending])]).to(device)
     dist.all_reduce(shared)
     return shared[:-1].view_as(total), bool(shared[-1])
 
 
-def begin(cfg, log, held, resumed, print0):
-    """The first step can be taken: from here on out_dir is this run's -> the lock on it."""
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    held = held or lock(cfg.out_dir)
-    if not resumed:
-        move_aside(os.path.join(cfg.out_dir, "ckpt.pt"), print0)
-    log.open(os.path.join(cfg.out_dir, "log.jsonl"), "a" if resumed else "w")
-    replace_file(os.path.join(cfg.out_dir, "config.json"), json.dumps(cfg.as_dict(), indent=2).encode())
-    return held
-
-
-def copy_weights(own, path):
-    """The finished checkpoint under a second name."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with written(path) as to, open(own, "rb") as checkpoint:
-        shutil.copyfileobj(checkpoint, to)
-
-
-def main(cfg):
-    # 1. processes and machine
-    rank, world, local = launched()
-    lead, parent, device = rank == 0, os.getppid(), nets.open_device(cfg.device, local)
-    print0 = tqdm.write if lead else lambda text: None
-    os.environ["WKV_IMPL"] = cfg.wkv_impl
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    nets.tune_cpu()
-
-    # 2. checkpoint, data, network, objective
-    path, own = start_path(cfg), os.path.join(cfg.out_dir, "ckpt.pt")
-    resumed, saved, cfg.saved = cfg.train and cfg.init_from == "resume", cfg.saved, None
-    micro = check_settings(cfg, saved, world, resumed)
-    held = lock(cfg.out_dir) if cfg.train and lead else None
-    start = saved["step"] if resumed else 0
+def set_up(cfg, saved, resumed, rank, world, device):
+    """Data, network, objective, average, optimizers: nothing is written yet -> a Run."""
+    path, own, start = start_path(cfg), os.path.join(cfg.out_dir, "ckpt.pt"), 0
+    if resumed:
+        start = saved["step"]
     source = open_source(cfg, saved)
     model = build_model(cfg, source, path, saved)
-    if resumed and start >= cfg.max_iters:
-        return print0(f"the run in {own} is at step {start} already, max_iters={cfg.max_iters}: nothing to do; to train it "
-                      "further give a larger --max_iters")
     objective = build_objective(cfg, model)
     if not cfg.shard:                      # sharded, it may fit where the whole does not
         model.to(device)
+    if cfg.train and not set_trainable(cfg, model, start):
+        raise ValueError(f"freeze={cfg.freeze!r} leaves nothing that learns: freeze less, or "
+                         "unfreeze_patterns from the start")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    active, unused_before = set_trainable(cfg, model, start), ""
-    if cfg.train and not active:
-        raise ValueError(f"freeze={cfg.freeze!r} leaves nothing that learns: freeze less, or unfreeze_patterns from the start")
-    share = dict(source=source, objective=objective, B=cfg.batch_size, micro=micro, seed=cfg.random_seed, rank=rank, world=world)
-
-    # 3. the learner, its average, the optimizers
+        dist.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"))
     learner, averaged = Learner(model, objective), None
+    evaluated = learner
     if cfg.compile:
-        try_compile(cfg, learner, micro_batches(start, **share)[0][0].to(device), device, print0)
+        parts, _ = micro_batches(start, source, objective, cfg.batch_size, cfg.device_bsz, cfg.random_seed,
+                                 rank, world)
+        try_compile(cfg, learner, parts[0].to(device), device)
     if cfg.ema:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
         if resumed and "averaged" in saved:
             averaged.load_state_dict(saved["averaged"])
-    evaluated = Learner(averaged.module, objective) if averaged else learner
+        evaluated = Learner(averaged.module, objective)
     if cfg.shard:
         for part in dict.fromkeys([learner, evaluated]):       # in one order on every process
             shard_over_processes(part)
@@ -698,108 +734,155 @@ def main(cfg):
     base_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if resumed:
         restore(optimizers, saved["optimizers"], own, changed_settings(cfg, saved["config"]))
-    groups = [group for o in optimizers for group in o.param_groups]
+    projection = source.projection or saved.get("projection")
+    run = Run(cfg, rank == 0, device, own, source, objective, model, learner, evaluated, averaged, optimizers,
+              base_lrs, projection, start, Log())
+    first = header(cfg, model, device)
+    run.log.write(**first)
+    origin = f"weights of {path}" if path else "from scratch"
+    if resumed:
+        run.saved_at, origin = start, f"going on from {path} at step {start}"
+    print0(f"{source.name}: {first['parameters']:,} parameters, {first['kernel']} kernel on {device}, "
+           f"{first['threads']} threads, {origin}")
+    return run
 
-    # 4. the log, and what does not change any more
-    log, kept = Log(), dict(cfg=cfg, path=own, model=model, optimizers=optimizers, averaged=averaged, source=source, lead=lead,
-                            projection=source.projection or saved.get("projection"))
-    shown = dict(cfg=cfg, learner=evaluated, source=source, device=device, log=log, print0=print0)
-    log.write(**(first := header(cfg, model, device)))
-    print0(f"{source.name}: {first['parameters']:,} parameters, {first['kernel']} kernel on {device}, {first['threads']} threads, "
-           + (f"going on from {path} at step {start}" if start else f"weights of {path}" if path else "from scratch"))
-    saved_at, evaluated_step = start if resumed else None, saved.get("step", 0)
-    del saved
-    if not cfg.train:
-        report(evaluated_step, way_back(own, None), **shown)
+
+def begin(run, held, resumed):
+    """The first step can be taken: from here on out_dir is this run's -> the lock on it."""
+    cfg = run.cfg
+    if run.lead:
         os.makedirs(cfg.out_dir, exist_ok=True)
-        return log.open(os.path.join(cfg.out_dir, "log.jsonl"), "a") if lead else None
+        held = held or lock(cfg.out_dir)
+        if not resumed:
+            move_aside(run.own)
+        run.log.open(os.path.join(cfg.out_dir, "log.jsonl"), "a" if resumed else "w")
+        replace_file(os.path.join(cfg.out_dir, "config.json"), json.dumps(cfg.as_dict(), indent=2).encode())
+    if not resumed:
+        save(run, 0)
+    return held
 
-    # 5. steps
-    bar = tqdm(range(start, cfg.max_iters), initial=start, total=cfg.max_iters, unit="step", disable=not lead, dynamic_ncols=True)
-    stop, trained, clock, since, positions = Stop(), parallel(learner, world, cfg), time.perf_counter(), start, 0
+
+def end(run, step, stopped):
+    """The last checkpoint. stopped: the exit code of a signal that asked for an end before the last step."""
+    cfg = run.cfg
+    if not stopped:
+        report(run, step)
+    save(run, step)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped:
+        print0(f"stopped after step {step} of {cfg.max_iters}, which {run.own} holds: the same command with "
+               "--init_from=resume goes on")
+        raise SystemExit(stopped)
+    copied = ""
+    if cfg.weights_path:
+        copied = f", copied to {cfg.weights_path}"
+    if cfg.weights_path and run.lead:
+        os.makedirs(os.path.dirname(cfg.weights_path) or ".", exist_ok=True)
+        with written(cfg.weights_path) as to, open(run.own, "rb") as checkpoint:
+            shutil.copyfileobj(checkpoint, to)
+    print0(f"checkpoint {run.own}{copied}; try: python sample.py --ckpt={cfg.weights_path or run.own}")
+
+
+def main(cfg):
+    # processes and machine
+    rank, world, local = launched()
+    parent, device = os.getppid(), nets.open_device(cfg.device, local)
+    os.environ["WKV_IMPL"] = cfg.wkv_impl
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    nets.tune_cpu()
+
+    # the run, from scratch or from a checkpoint
+    resumed, saved, cfg.saved = cfg.train and cfg.init_from == "resume", cfg.saved, None
+    check_settings(cfg, saved, world, resumed)
+    held = cfg.train and rank == 0 and lock(cfg.out_dir)
+    if resumed and saved["step"] >= cfg.max_iters:
+        return print0(f"the run in {cfg.out_dir}/ckpt.pt is at step {saved['step']} already, "
+                      f"max_iters={cfg.max_iters}: nothing to do; to train it further give a larger "
+                      "--max_iters")
+    run = set_up(cfg, saved, resumed, rank, world, device)
+    if not cfg.train:
+        report(run, saved.get("step", 0))
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        return run.lead and run.log.open(os.path.join(cfg.out_dir, "log.jsonl"), "a")
+    del saved
+    model, objective, start = run.model, run.objective, run.start
+    trained, active, unused_before = parallel(run), set_trainable(cfg, model, start), ""
+
+    bar = tqdm(range(start, cfg.max_iters), initial=start, total=cfg.max_iters, unit="step",
+               disable=not run.lead, dynamic_ncols=True)
+    stop, clock, since, positions = Stop(), time.perf_counter(), start, 0
     for step in bar:
         if world > 1 and os.getppid() != parent:
-            raise ValueError("the launcher of this process is gone, so it ends: start again with --init_from=resume")
-        # evaluation and checkpoint, with the training clock stopped
+            raise ValueError("the launcher of this process is gone, so it ends: start again with "
+                             "--init_from=resume")
+        # 1. evaluation and checkpoint, with the training clock stopped
         if step == 0 or step % cfg.eval_interval == 0 and step > start:
             paused = time.perf_counter()
-            report(step, way_back(own, saved_at), **shown)
+            report(run, step)
             if step:
-                saved_at = save(step, way_back(own, saved_at), **kept)
+                save(run, step)
             clock += time.perf_counter() - paused
-        # learning rates, and what learns
-        set_rates(cfg, groups, base_lrs, step)
+        # 2. learning rates, and what learns
+        set_rates(cfg, run.groups(), run.base_lrs, step)
         if step == cfg.unfreeze_after_steps > 0:
-            print0(f"step {step}: {active:,} parameters learned so far, {set_trainable(cfg, model, step):,} from here on")
-            trained, unused_before = parallel(learner, world, cfg), None
+            now = set_trainable(cfg, model, step)
+            print0(f"step {step}: {active:,} parameters learned so far, {now:,} from here on")
+            trained, unused_before = parallel(run), None
         if (unused := objective.unused(step)) != unused_before:
             active, unused_before = set_trainable(cfg, model, step, unused), unused
-        # gradients: micro-batches add up to the mean over the global batch
-        parts, total = micro_batches(step, **share)
+        # 3. gradients: micro-batches add up to the mean over the global batch
+        parts, total = micro_batches(step, run.source, objective, cfg.batch_size, cfg.device_bsz,
+                                     cfg.random_seed, rank, world)
         ending = bool(stop.code)
         if world > 1:
             total, ending = agree(total, ending, device)
-        terms = add_gradients(cfg, trained, learner, parts, total.to(device).clamp_min(1), step, device, world)
+        total = total.to(device).clamp_min(1)
+        terms = add_gradients(cfg, trained, run.learner, parts, total, step, device, world)
         positions += world * sum(part.x.numel() for part in parts)
         if world > 1:
             dist.all_reduce(terms)
         loss = terms.sum().item()
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step}: {way_back(own, saved_at)}")
-        # clipping
+            raise ValueError(f"the loss is {loss} at step {step}: {run.way_back()}")
+        # 4. clipping
         mask_row_only(cfg, model, step)
         logged, norm = (step + 1) % cfg.log_interval == 0 or step == start, None
         if cfg.grad_clip or logged:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        # the step
-        if step == start and lead:
-            held = begin(cfg, log, held, resumed, print0)
-        if step == start and not resumed:
-            saved_at = save(0, way_back(own, None), **kept)
-        for o in optimizers:
+        # 5. the step
+        if step == start:
+            held = begin(run, held, resumed)
+        for o in run.optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
-        if averaged:
-            averaged.update_parameters(model)
-        # the log
+        if run.averaged:
+            run.averaged.update_parameters(model)
+        # 6. the log
         if logged:
             seconds, extra = time.perf_counter() - clock, objective.describe(step)
             extra |= {f"loss_{name}": term for name, term in zip(objective.terms, terms.view(-1).tolist())}
             ms = seconds / (step + 1 - since) * 1e3
-            log.write(event="train", step=step, loss=loss, **extra, active=active, lr=groups[-1]["lr"],
-                      grad_norm=gather(norm).item(), ms_per_step=ms, tokens_per_s=positions / seconds)
+            run.log.write(event="train", step=step, loss=loss, **extra, active=active,
+                          lr=run.groups()[-1]["lr"], grad_norm=gather(norm).item(), ms_per_step=ms,
+                          tokens_per_s=positions / seconds)
             clock, since, positions = time.perf_counter(), step + 1, 0
             bar.set_postfix_str(f"loss {loss:.3f}, {ms:.0f} ms/step", refresh=False)
-        if ending and step + 1 < cfg.max_iters:
+        if ending:
             break
-    else:
-        ending = False
     bar.close()
-
-    # 6. the end
-    if not ending:
-        report(cfg.max_iters, way_back(own, saved_at), **shown)
-    save(step + 1, way_back(own, saved_at), **kept)
-    if world > 1:
-        dist.destroy_process_group()
-    if ending:
-        print0(f"stopped after step {step + 1} of {cfg.max_iters}, which {own} holds: the same command with --init_from=resume "
-               "goes on")
-        raise SystemExit(stop.code or 143)
-    if cfg.weights_path and lead:
-        copy_weights(own, cfg.weights_path)
-    copied = f", copied to {cfg.weights_path}" if cfg.weights_path else ""
-    print0(f"checkpoint {own}{copied}; try: python sample.py --ckpt={cfg.weights_path or own}")
+    end(run, step + 1, step + 1 < cfg.max_iters and (stop.code or 143))
 
 
-IGNORED = ("mem_check", "log_output", "gen_tokens", "prompt_len")   # of the original experiments; sample.py does that
+IGNORED = ("mem_check", "log_output", "gen_tokens", "prompt_len")   # what they asked for is sample.py's work
 
 
 if __name__ == "__main__":
     with one_line_errors("no checkpoint was written since the last one that was announced"):
-        choices = dict(nets.CHOICES | diffusion.CHOICES, optimizer=nets.OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
-                       wkv_impl=wkv_cuda.BACK_ENDS)
-        settings = configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for,
-                             show=os.environ.get("RANK", "0") == "0", choices=choices)
+        choices = dict(nets.CHOICES | diffusion.CHOICES, optimizer=nets.OPTIMIZERS,
+                       dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)
+        settings = configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(),
+                             adjust=defaults_for, show=os.environ.get("RANK", "0") == "0", choices=choices)
         main(settings)
     on_stop(signal.SIG_IGN)                # all is done and written: nothing to stop any more
