@@ -1,9 +1,10 @@
-"""Text files and synthetic tasks to batches of token ids. B batch, T time, V vocabulary, D numbers in a latent.
+"""Texts and synthetic tasks to batches of token ids. B batch, T time, V vocabulary, D numbers in a latent.
 
-A source (TextSource, TaskSource, or PairSource for texts with latents) has a `tokenizer`, and gives rows of
-token ids with the positions that may be masked: `train_rows` for one step, `eval_rows` for the held-out part.
-A row depends on nothing but the seed, the step and its place in the global batch, so accumulation, several
-processes and a resumed run all see the same data.
+A source (TextSource, TaskSource, or PairSource for texts with latents) has a `tokenizer` and two methods:
+train_rows(step, B, lo, hi, seed), rows lo..hi of the global batch of B, and eval_rows(n, seed), always the same
+rows of the held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, and lengths (n,) or None
+where all rows are full; PairSource also latents (n,D). A row depends on nothing but the seed, the step and its place
+in the global batch, so accumulation, several processes and a resumed run all see the same data.
 
     python data.py prepare --data_path=FILE_or_FOLDER --tokenizer=byte --out=FOLDER   much text to token files
     python data.py train-bpe --data_path=FILE --vocab_size=4096 --out=FILE.json       for --tokenizer=bpe:FILE.json
@@ -45,22 +46,19 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from configurator import (SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file,
-                          written)
+from configurator import SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file, written
 
 SPLITS = ("train", "val")           # of a prepared text
 PAIRS = ("train", "validation")     # of texts with latents
 PIECE = 1 << 18                     # bytes of text that are tokenized at a time
 SHARD = 4096                        # texts with latents in a token file, and in memory at a time
 
-# ---- sources ---------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------
 
 class TextSource:
-    """Text: a file in memory, a folder of `python data.py prepare`, or data_bin and data_val_bin, token files
-    of others (read_bins). Rows are random windows of T tokens, any of which may be masked.
-
-    tokenizer: a Tokenizer, a setting, or "" for what fits.
-    """
+    """Text: a file in memory, a folder of `python data.py prepare`, or data_bin and data_val_bin, token files of
+    others (read_bins). Rows are random windows of T tokens, any of which may be masked.
+    tokenizer: a Tokenizer, a setting, or "" for what fits."""
     objective = "masked_mean"
 
     def __init__(self, path, T, tokenizer="", data_bin="", data_val_bin="", vocab_size=0):
@@ -71,21 +69,18 @@ class TextSource:
         else:
             opened = open_text(path, tokenizer)
         self.T = T
-        self.name, self.tokenizer, self.train, self.val, lengths = opened
-        self.chars_per_token, self.bytes_per_token = lengths
+        self.name, self.tokenizer, self.train, self.val, (self.chars_per_token, self.bytes_per_token) = opened
         if min(len(self.train), len(self.val)) < T:
-            n = len(self.train) + len(self.val)
-            raise ValueError(f"{self.name} holds {n} tokens, too few: the held-out part ({len(self.val)}) must "
-                             f"hold seq_len={T}; give a text of at least {10 * T} tokens, or a smaller --seq_len")
+            raise ValueError(f"{self.name} holds {len(self.train) + len(self.val)} tokens, too few: the held-out part "
+                             f"({len(self.val)}) must hold seq_len={T}; give a text of at least {10 * T} tokens, or a "
+                             "smaller --seq_len")
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B
-        -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, no lengths: all are full."""
         start = torch.randint(len(self.train) - self.T + 1, (B,), generator=generator(seed, step, 1))[lo:hi]
         return self.windows(self.train, start)
 
     def eval_rows(self, n, seed=None):
-        """n windows spread evenly over the held-out part, each another (fewer, if it has fewer): always the same."""
+        """n windows spread evenly over the held-out part, each another (fewer, if it has fewer)."""
         last = len(self.val) - self.T
         n = min(n, last + 1)
         return self.windows(self.val, torch.arange(n) * last // max(1, n - 1))
@@ -97,9 +92,8 @@ class TextSource:
 class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, of tasks.params.
 
-    Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it
-    over; with `trim`, columns that are padding in every row are cut off, since they can change nothing.
-    lengths is None where all rows are full.
+    Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it over;
+    with `trim`, columns that are padding in every row are cut off, since they can change nothing.
     """
     objective = "task"
 
@@ -109,12 +103,10 @@ class TaskSource:
         self.tokenizer = Tokenizer("char", tasks.alphabet(name, params))
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B
-        -> ids (hi-lo, T) int64, maskable (hi-lo, T) bool, lengths (hi-lo,) or None."""
         return self.draw([random.Random((seed << 64) + step * B + i) for i in range(lo, hi)], "train")
 
     def eval_rows(self, n, seed):
-        """n rows from one stream, as the published runs draw them: with the same seed always the same rows."""
+        """n rows from one stream, as the published runs draw them."""
         return self.draw([random.Random(seed)] * n, "eval")
 
     def draw(self, rngs, split):
@@ -132,8 +124,8 @@ class TaskSource:
 # projection.npz                          the Projection that made the latents
 
 class Projection(NamedTuple):
-    """F features -> D latents, by the principal components of a training set: (x - mean) components / scale.
-    The mean variance of a latent is 1; the scale is one for all, so that distances keep their proportions."""
+    """F features -> D latents, by the principal components of a training set: (x - mean) components / scale. The mean
+    variance of a latent is 1; the scale is one for all, so that distances keep their proportions."""
     mean: np.ndarray            # (F,)
     components: np.ndarray      # (F,D)
     scale: np.ndarray           # ()
@@ -149,9 +141,9 @@ class Split(NamedTuple):
     use: torch.Tensor        # (m,) the rows that are there whole
 
 class PairSource:
-    """Texts with latents, a folder of `python data.py latents`, project and tokenize. Rows are whole texts, cut
-    to T tokens, with their latents (D,) as they are in the files, zeros where an entry has no latent_path. All is
-    read once, file by file, into temporary files that are mapped to memory: a set may be larger than that.
+    """Texts with latents, a folder of `python data.py latents`, project and tokenize. Rows are whole texts, cut to T
+    tokens, with their latents (D,) as they are in the files, zeros where an entry has no latent_path. All is read
+    once, file by file, into temporary files that are mapped to memory: a set may be larger than that.
 
     use_latents=False leaves the latents out. skip_missing: texts whose latent file is missing are left out, and
     counted. ValueError for missing, truncated or pickled files, for NaN, latents of several dimensions, and token
@@ -162,17 +154,17 @@ class PairSource:
 
     def __init__(self, folder, T, tokenizer="", use_latents=True, skip_missing=False):
         self.name, self.T = folder, T
-        file = Path(folder, "tokenizer.json")
+        file, repair = Path(folder, "tokenizer.json"), f"python data.py tokenize --data_path={folder}"
         if not file.is_file():
-            raise ValueError(f"{folder} has no tokens yet: python data.py tokenize --data_path={folder}")
-        with reading(folder, f"its tokenizer.json is damaged, python data.py tokenize --data_path={folder}"):
+            raise ValueError(f"{folder} has no tokens yet: {repair}")
+        with reading(folder, f"its tokenizer.json is damaged, {repair}"):
             self.tokenizer = agreed(tokenizer, json.loads(file.read_bytes()), folder)
-        train, val = (self.read(split, use_latents, skip_missing) for split in PAIRS)
-        self.train, self.val, self.latent_dim = train, val, train.z.shape[1]
+        self.train, self.val = train, val = [self.read(split, use_latents, skip_missing) for split in PAIRS]
+        self.latent_dim = train.z.shape[1]
         if val.z.shape[1] != self.latent_dim or not len(train.use) or not len(val.use):
-            raise ValueError(f"{folder}: {len(train.use)} training texts with latents of {self.latent_dim} "
-                             f"dimensions, {len(val.use)} for validation with {val.z.shape[1]}: both must have "
-                             "texts, and latents of one dimension")
+            raise ValueError(f"{folder}: {len(train.use)} training texts with latents of {self.latent_dim} dimensions, "
+                             f"{len(val.use)} for validation with {val.z.shape[1]}: both must have texts, and latents "
+                             "of one dimension")
         file = Path(folder, "projection.npz")
         self.projection = load_array(file, Projection._fields) if file.is_file() and use_latents else None
 
@@ -182,7 +174,7 @@ class PairSource:
         ids, lengths = self.read_tokens(split, n)
         z, there = np.zeros((n, 0), np.float32), np.ones(n, bool)
         if use_latents:
-            z, there = self.read_latents(entries, skip_missing)
+            z, there = read_vectors(self.name, entries, skip_missing, optional=True)
         if not there.all():
             print(f"{self.name}: {n - there.sum()} of {n} {split} texts are left out, their latent files are missing")
         use = torch.from_numpy(there & (lengths > 0)).nonzero()[:, 0]
@@ -191,58 +183,38 @@ class PairSource:
     def read_tokens(self, split, n):
         """-> ids (n,T) uint32, lengths (n,)."""
         ids, lengths, at = temp_array((n, self.T), np.uint32), np.zeros(n, np.int64), 0
-        V = self.tokenizer.vocab_size
         for f in sorted(Path(self.name, split).glob("*.npz")):
             x, mask = load_array(f, ("input_ids", "attention_mask"))
             mask = mask.astype(bool)
             if x.dtype.kind not in "iu" or x.size and x.min() < 0:
                 raise ValueError(f"{f}: input_ids are {x.dtype}, or negative: make the tokens again")
             if x.shape != mask.shape or x.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any():
-                raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be "
-                                 "(texts, tokens), padded at the end")
-            if mask.any() and (most := x[mask].max()) >= V:
-                raise past_vocabulary(f, most, int((x == most).argmax()), V)
+                raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be (texts, tokens), "
+                                 "padded at the end")
+            x = x * mask
+            check_ids(f, x, self.tokenizer.vocab_size)
             if at + len(x) <= n:
-                ids[at:at + len(x), :x.shape[1]] = (x * mask)[:, :self.T]
+                ids[at:at + len(x), :x.shape[1]] = x[:, :self.T]
                 lengths[at:at + len(x)] = mask[:, :self.T].sum(1)
             at += len(x)
         if at != n:
-            raise ValueError(f"{self.name}/{split} holds tokens of {at} texts, {split}_data.json has {n}: "
-                             f"python data.py tokenize --data_path={self.name}")
+            raise ValueError(f"{self.name}/{split} holds tokens of {at} texts, {split}_data.json has {n}: python "
+                             f"data.py tokenize --data_path={self.name}")
         return ids, lengths
 
-    def read_latents(self, entries, skip_missing):
-        """-> latents (n,D) float32, zeros for texts without; (n,) bool, False where a latent file is missing."""
-        z, there = None, np.ones(len(entries), bool)
-        for some in in_chunks(i for i, entry in enumerate(entries) if entry.get("latent_path")):
-            kept, vectors = read_vectors(self.name, [entries[i] for i in some], skip_missing)
-            there[some] = False
-            there[[some[i] for i in kept]] = True
-            if not kept:
-                continue
-            if z is None:
-                z = temp_array((len(entries), vectors.shape[1]), np.float32)
-            if z.shape[1] != vectors.shape[1]:
-                raise ValueError(f"{self.name}: latents of {z.shape[1]} and of {vectors.shape[1]} dimensions: give one")
-            z[[some[i] for i in kept]] = vectors
-        return np.zeros((len(entries), 0), np.float32) if z is None else z, there
-
     def rows(self, part, index):
-        """-> ids (n,T) int64, maskable (n,T) bool, lengths (n,) or None where all rows are full, latents (n,D)."""
         index = part.use[index]
         lengths = part.lengths[index]
-        longest = int(lengths.max())
-        x = torch.from_numpy(part.ids[index.numpy(), :longest].astype(np.int64))
-        maskable, z = torch.arange(longest) < lengths[:, None], torch.from_numpy(part.z[index.numpy()])
-        return x, maskable, None if maskable.all() else lengths, z
+        maskable = torch.arange(int(lengths.max())) < lengths[:, None]
+        x = torch.from_numpy(part.ids[index.numpy(), :maskable.shape[1]].astype(np.int64))
+        return x, maskable, None if maskable.all() else lengths, torch.from_numpy(part.z[index.numpy()])
 
     def train_rows(self, step, B, lo, hi, seed):
-        """Rows lo..hi of the global batch of B, drawn at random."""
         index = torch.randint(len(self.train.use), (B,), generator=generator(seed, step, 1))[lo:hi]
         return self.rows(self.train, index)
 
     def eval_rows(self, n, seed=None):
-        """n texts spread evenly over the validation split (all, if it has fewer): always the same."""
+        """n texts spread evenly over the validation split (all, if it has fewer)."""
         size = len(self.val.use)
         n = min(n, size)
         return self.rows(self.val, torch.arange(n) * (size - 1) // max(1, n - 1))
@@ -258,7 +230,7 @@ class PairSource:
         variance = max(1e-12, float((second / max(1, n) - mean**2).mean()))
         return torch.as_tensor(mean, dtype=torch.float32), torch.tensor(variance ** 0.5)
 
-# ---- batches ---------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 def generator(seed, step, stream):
     """An independent random stream for each (seed, step, stream)."""
@@ -303,12 +275,35 @@ def split(n, *tensors):
     """Micro-batches of n rows of tensors that belong together; None stays None."""
     return zip(*(itertools.repeat(None) if z is None else z.split(n) for z in tensors))
 
-# ---- readers: what a file holds is read or refused in one line -----------------------------------------------
+# ---- readers: what a file holds is read, or refused in one line ------------------------------------------------
+
+def one_line_end(text):
+    """Line ends of every system -> those of Unix."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+def is_jsonl(path):
+    return str(path).lower().endswith(".jsonl")
+
+def decode(raw, path, at=0, last=True):
+    """Bytes of the file `path` from byte `at` on -> str, without half a character at the end if more follow."""
+    try:
+        return codecs.utf_8_decode(raw, "strict", last)[0]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {at + e.start}): give a plain text file") from None
+
+def record(path, line, place):
+    """A line of a .jsonl file -> the text in it. ValueError if it is not an object with a text."""
+    with reading(f"{path}, {place}", 'give lines such as {"text": "..."}'):
+        found = json.loads(line)
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            raise ValueError("it has no text")
+        found["text"].encode()      # half of a surrogate pair is not text
+        return one_line_end(found["text"])
 
 def read_text(path):
-    """A UTF-8 file -> (name, str); with no path the source text of Python's own standard library, which every
-    machine has. Of a .jsonl file the texts of its lines, a line end after each. A byte order mark is left out,
-    line ends become \\n."""
+    """A UTF-8 file -> (name, str); with no path the source text of Python's own standard library, which every machine
+    has. Of a .jsonl file the texts of its lines, a line end after each. A byte order mark is left out, line ends
+    become \\n."""
     if not path:
         text = ""
         for f in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -320,30 +315,6 @@ def read_text(path):
         lines = enumerate(text.split("\n"), 1)
         text = "".join(record(path, line, f"line {i}") + "\n" for i, line in lines if line.strip())
     return str(path), text
-
-def decode(raw, path, at=0, last=True):
-    """Bytes of the file `path` from byte `at` on -> str, but for half a character at the end unless they are the
-    last."""
-    try:
-        return codecs.utf_8_decode(raw, "strict", last)[0]
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {at + e.start}): give a plain text file") from None
-
-def one_line_end(text):
-    """Line ends of every system -> those of Unix."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-def is_jsonl(path):
-    return str(path).lower().endswith(".jsonl")
-
-def record(path, line, place):
-    """A line of a .jsonl file -> the text in it. ValueError if it is not an object with a text."""
-    with reading(f"{path}, {place}", 'give lines such as {"text": "..."}'):
-        found = json.loads(line)
-        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-            raise ValueError("it has no text")
-        found["text"].encode()      # half of a surrogate pair is not text
-        return one_line_end(found["text"])
 
 def alphabet(*texts):
     """The characters of all texts, in order: what a char tokenizer is made from."""
@@ -368,6 +339,12 @@ def open_text(path, tokenizer):
             break
     return name, tokenizer, ids[:cut], ids[cut:], per_token(tokenizer, ids[cut:].tolist())
 
+def check_ids(name, ids, V, at=0):
+    """ValueError if one of the ids, the first of which is number `at` of `name`, is not below V."""
+    if ids.size and ids.max() >= V:
+        raise ValueError(f"{name}: token id {ids.max()} at position {at + int(ids.argmax())} is past the vocabulary of "
+                         f"{V}: give the tokenizer that the file was made with, or a larger --vocab_size")
+
 class Tokens:
     """Arrays of ids (np.memmap of files) read as one: at (n,T) int64 positions -> (n,T) int64 ids, all below V."""
 
@@ -387,48 +364,42 @@ class Tokens:
         for i in np.unique(part):
             here = part == i
             ids[here] = self.parts[i][at[here] - self.ends[i]]
-        if ids.size and ids.max() >= self.V:
-            raise past_vocabulary("the data", ids.max(), at.flat[ids.argmax()], self.V)
+        wrong = ids >= self.V
+        if wrong.any():
+            check_ids("the data", ids[wrong][:1], self.V, int(at[wrong][0]))
         return torch.from_numpy(ids)
-
-def past_vocabulary(name, value, position, V):
-    return ValueError(f"{name}: token id {value} at position {position} is past the vocabulary of {V}: give the "
-                      "tokenizer that the file was made with, or a larger --vocab_size")
 
 MAGIC, VERSION = 20240520, 1        # the header of modded-nanogpt's .bin files
 
 def read_bins(pattern, V, raw):
-    """Token files by name or pattern -> Tokens. modded-nanogpt: int32[256] header (magic, version, count, zeros),
-    then uint16 ids; with `raw` also bare uint16 ids, as nanoGPT writes them. ValueError for another header, a cut
-    file, an id not below V."""
+    """Token files by name or pattern -> Tokens. modded-nanogpt: int32[256] header (magic, version, count, zeros), then
+    uint16 ids; with `raw` also bare uint16 ids, as nanoGPT writes them. ValueError for another header, a cut file, an
+    id not below V."""
     parts = []
     for f in sorted(glob.glob(pattern)) or [pattern]:
         size, head = os.path.getsize(f), np.fromfile(f, "<i4", 256)
-        with_header = len(head) == 256 and head[0] == MAGIC
-        unknown_header = len(head) == 256 and not head[3:].any()
-        if with_header and (head[1] != VERSION or size != 1024 + 2 * int(head[2])):
-            raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version "
-                             f"{VERSION} and the {(size - 1024) / 2:g} that the file holds: copy it again")
-        if not with_header and (not raw or unknown_header or size % 2 or not size):
-            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as "
-                             "modded-nanogpt's; for bare uint16 ids, as nanoGPT writes them, name their "
-                             "--tokenizer; for text use --data_path")
-        ids = np.memmap(f, "<u2", "r", offset=1024 if with_header else 0)
-        for at in range(0, len(ids), 1 << 24):      # a file may be larger than memory
-            part = ids[at:at + (1 << 24)]
-            if part.max() >= V:
-                raise past_vocabulary(f, part.max(), at + int(part.argmax()), V)
-        parts.append(ids)
+        modded = len(head) == 256 and head[0] == MAGIC
+        other_header = len(head) == 256 and not head[3:].any()
+        if modded and (head[1] != VERSION or size != 1024 + 2 * int(head[2])):
+            raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version {VERSION} "
+                             f"and the {(size - 1024) / 2:g} that the file holds: copy it again")
+        if not modded and (not raw or other_header or size % 2 or not size):
+            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as modded-nanogpt's; "
+                             "for bare uint16 ids, as nanoGPT writes them, name their --tokenizer; for text use "
+                             "--data_path")
+        parts.append(np.memmap(f, "<u2", "r", offset=1024 if modded else 0))
+        for at in range(0, len(parts[-1]), 1 << 24):        # a file may be larger than memory
+            check_ids(f, parts[-1][at:at + (1 << 24)], V, at)
     return Tokens(parts, V)
 
 def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
-    """Token files (without data_val_bin the last tenth is held out) -> what open_text returns; the lengths per
-    token are those of samples from all over the held-out part."""
+    """Token files (without data_val_bin the last tenth is held out) -> what open_text returns, with the characters and
+    bytes per token of samples from all over the held-out part."""
     raw = bool(tokenizer)
     if tokenizer == "char":         # nanoGPT's ids: the sorted characters of its text
         if not path:
-            raise ValueError(f"{data_bin}: --tokenizer=char needs the text it was made from as --data_path, for "
-                             "its alphabet (meta.pkl is not read: unpickling a file may run anything)")
+            raise ValueError(f"{data_bin}: --tokenizer=char needs the text it was made from as --data_path, for its "
+                             "alphabet (meta.pkl is not read: unpickling a file may run anything)")
         tokenizer = Tokenizer("char", alphabet(read_text(path)[1]))
     elif isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer or "gpt2")
@@ -443,8 +414,7 @@ def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
     if tokenizer.codec.found:
         starts = np.arange(64)[:, None] * max(0, len(val) - 1024) // 63
         shown = val[starts + np.arange(min(1024, len(val)))].flatten().tolist()
-    known = [i for i in shown if i < tokenizer.vocab_size]
-    return data_bin, tokenizer, train, val, per_token(tokenizer, known)
+    return data_bin, tokenizer, train, val, per_token(tokenizer, [i for i in shown if i < tokenizer.vocab_size])
 
 def read_meta(file, repair):
     """meta.json of a folder that `python data.py prepare` wrote or began -> dict."""
@@ -456,32 +426,32 @@ def read_meta(file, repair):
 
 def open_prepared(folder, tokenizer):
     """A folder of `python data.py prepare` -> what open_text returns."""
-    file, damaged = Path(folder, "meta.json"), "its meta.json is damaged, prepare the text anew, into another folder"
+    file, repair = Path(folder, "meta.json"), "prepare the text anew, into another folder"
     if not file.is_file():
         nanogpt = "; nanoGPT's train.bin and val.bin are read by --data_bin and --data_val_bin"
         raise ValueError(f"{folder} has no meta.json: a folder of texts is prepared first, python data.py prepare "
                          f"--data_path={folder} --out=FOLDER, then --data_path=FOLDER"
                          + (nanogpt if Path(folder, "train.bin").is_file() else ""))
-    meta = read_meta(file, "prepare the text anew, into another folder")
+    meta = read_meta(file, repair)
     if not meta["done"]:
-        raise UserError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it "
-                        "was stopped")
-    with reading(folder, damaged):
+        raise UserError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it was "
+                        "stopped")
+    with reading(folder, f"its meta.json is damaged, {repair}"):
         tokenizer = agreed(tokenizer, meta["tokenizer"], folder)
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"its numbers are {meta['dtype']!r}, not uint16 or uint32")
         train, val = (Tokens(open_shards(folder, meta, split), tokenizer.vocab_size) for split in SPLITS)
         last = meta["val"] if meta["val"]["tokens"] else meta["train"]
         return folder, tokenizer, train, val, [last[unit] / last["tokens"] for unit in ("chars", "bytes")]
 
 def open_shards(folder, meta, split):
     """The token files of a split of a prepared folder -> [np.memmap]."""
-    kind, shards = np.dtype(meta["dtype"]), []
+    kind, shards = meta["dtype"], []
+    if kind not in ("uint16", "uint32"):
+        raise ValueError(f"its numbers are {kind!r}, not uint16 or uint32")
     for name, n in meta[split]["shards"]:
         if not re.fullmatch(rf"{split}_\d+\.bin", name):
             raise ValueError(f"{name!r} is not the name of a shard")
         size = os.path.getsize(Path(folder, name))
-        if size != n * kind.itemsize:
+        if size != n * np.dtype(kind).itemsize:
             raise UserError(f"{folder}/{name} holds {size} bytes, not {n} tokens of {kind}: prepare the folder again")
         shards.append(np.memmap(Path(folder, name), kind, "r"))
     return shards
@@ -494,45 +464,52 @@ def read_entries(folder, split):
     """The entries of FOLDER/SPLIT_data.json, a list of {"text": ..., "latent_path": ...}."""
     file = Path(folder, f"{split}_data.json")
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes "
-                         "such a folder")
+        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes such a "
+                         "folder")
     with reading(file, "make it again"):
         entries = json.loads(file.read_text(encoding="utf-8-sig"))
-
-    def good(entry):
-        return (isinstance(entry, dict) and isinstance(entry.get("text"), str)
-                and isinstance(entry.get("latent_path") or "", str))
-    if not isinstance(entries, list) or not all(map(good, entries)):
-        raise ValueError(f'{file} must be a list of entries such as {{"text": "...", "latent_path": '
-                         f'"latents/{split}/000000.npy"}}')
-    for name in filter(None, (entry.get("latent_path") for entry in entries)):
+    for entry in entries if isinstance(entries, list) else [None]:
+        good = isinstance(entry, dict) and isinstance(entry.get("text"), str)
+        if not good or not isinstance(entry.get("latent_path") or "", str):
+            raise ValueError(f'{file} must be a list of entries such as {{"text": "...", "latent_path": '
+                             f'"latents/{split}/000000.npy"}}')
+        name = entry.get("latent_path") or ""
         if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"{file}: latent_path={name!r} leaves the folder: give paths below {folder}")
     return entries
 
-def read_vectors(folder, entries, skip_missing=False):
-    """-> indices of the entries with a latent file, their vectors (n,D) float32. ValueError for entries without
-    one, unless they may be skipped, for vectors of several lengths, and for NaN."""
-    paths = [entry.get("latent_path") and Path(folder, entry["latent_path"]) for entry in entries]
-    kept = [i for i, path in enumerate(paths) if path and path.is_file()]
-    lacking = sorted(set(range(len(entries))) - set(kept))
-    if lacking and not skip_missing:
-        shown = ", ".join(str(paths[i] or f"entry {i} has no latent_path") for i in lacking[:3])
-        more = ", ..." if len(lacking) > 3 else ""
-        raise ValueError(f"{len(lacking)} of {len(entries)} entries have no latent file ({shown}{more}): make "
+def read_vectors(folder, entries, skip_missing=False, optional=False):
+    """The latent files of n entries -> vectors (n,D) float32 in a temporary file, zeros where there is none; (n,) bool,
+    False where one is lacking. ValueError for that unless skip_missing, for vectors of several lengths, and for NaN.
+    optional: an entry without a latent_path does not lack one."""
+    paths = [Path(folder, entry["latent_path"]) if entry.get("latent_path") else None for entry in entries]
+    there = np.array([path.is_file() if path else optional for path in paths], bool)
+    if not there.all() and not skip_missing:
+        lacking = [str(paths[i] or f"entry {i} has no latent_path") for i in np.flatnonzero(~there)]
+        raise ValueError(f"{len(lacking)} of {len(paths)} entries have no latent file ({first_three(lacking)}): make "
                          "them, or leave those texts out with --skip_missing=1")
-    vectors = [load_array(paths[i]) for i in kept]
-    for i, v in zip(kept, vectors):
-        if v.ndim != 1 or v.shape != vectors[0].shape:
-            raise ValueError(f"{paths[i]} has shape {v.shape}, {paths[kept[0]]} has {vectors[0].shape}: give "
-                             "vectors of one dimension")
+    vectors = np.zeros((len(paths), 0), np.float32)
+    for i, path in enumerate(paths):
+        if not path or not there[i]:
+            continue
+        v = load_array(path)
+        if not vectors.size and v.ndim == 1:
+            vectors = temp_array((len(paths), len(v)), np.float32)
+        if v.shape != vectors.shape[1:]:
+            raise ValueError(f"{path} has shape {v.shape}, the first one has {vectors.shape[1:]}: give vectors of one "
+                             "dimension")
         if not np.isfinite(v).all():
-            raise ValueError(f"{paths[i]} holds NaN or infinite numbers: make it again")
-    return kept, np.stack(vectors).astype(np.float32) if kept else np.zeros((0, 0), np.float32)
+            raise ValueError(f"{path} holds NaN or infinite numbers: make it again")
+        vectors[i] = v
+    return vectors, there
+
+def first_three(names):
+    """For a message: three names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 def load_array(path, keys=None):
-    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated,
-    compressed, claims more than the file holds, or would run code."""
+    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated, compressed,
+    claims more than the file holds, or would run code."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist")
     size, found = os.path.getsize(path), []
@@ -565,13 +542,7 @@ def temp_array(shape, kind):
     """An array in an unnamed temporary file, which the system drops when nobody uses it any more."""
     return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
 
-def in_chunks(items, n=SHARD):
-    """Lists of n items, the last one shorter."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, n)):
-        yield chunk
-
-# ---- tokenizers: a row of KINDS turns text into ids and back; Tokenizer is what the rest of the code sees ----
+# ---- tokenizers: a row of KINDS turns text into ids and back; Tokenizer is what the rest of the code sees ------
 
 class Bytes:
     """UTF-8 bytes."""
@@ -593,25 +564,24 @@ class Chars(Bytes):
     def __init__(self, alphabet="", file=""):
         self.alphabet, self.vocab_size = alphabet, len(alphabet)
         points = [ord(c) for c in alphabet]
-        # Code point -> id; the last entry stands for every larger code point.
-        self.table = np.full(max(points, default=0) + 2, -1, np.int32)
+        self.table = np.full(max(points, default=0) + 2, -1, np.int32)      # code point -> id; the last: any larger
         self.table[points] = np.arange(len(points))
 
     def encode(self, text):
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = self.table[np.minimum(points, len(self.table) - 1)]
         if len(ids) and ids.min() < 0:
-            unknown = min(set(text) - set(self.alphabet))
-            raise ValueError(f"character {unknown!r} is not in the vocabulary of {self.vocab_size} characters: leave "
-                             "it out, or train with --tokenizer=byte, which knows every character")
+            raise ValueError(f"character {min(set(text) - set(self.alphabet))!r} is not in the vocabulary of "
+                             f"{self.vocab_size} characters: leave it out, or train with --tokenizer=byte, which knows "
+                             "every character")
         return ids
 
     def decode(self, ids):
         return "".join(map(self.alphabet.__getitem__, ids))
 
 def word_end(text):
-    """How many characters of a text give the same tokens whatever follows. No token of the known vocabularies holds
-    a letter or digit and then a space or line end, so that a text can be cut there."""
+    """How many characters of a text give the same tokens whatever follows. No token of the known vocabularies holds a
+    letter or digit and then a space or line end, so that a text can be cut there."""
     for place in (r"(?s).*[^\W_](?=[ \r\n])", r"(?s).*\S(?=\s)", r"(?s).*[^\r]"):
         if cut := re.match(place, text):
             return cut.end()
@@ -629,8 +599,7 @@ class Words(Bytes):
         return np.concatenate([*ids, self.merge(text[at:])])
 
 class GPT2(Words):
-    """GPT-2's vocabulary by tiktoken, from tiktoken's own cache; read when first needed, since token files do
-    without it."""
+    """GPT-2's vocabulary by tiktoken, from tiktoken's own cache; read when first needed: token files do without it."""
     vocab_size, eot_id, told = 50257, 50256, False
     FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",   # name -> sha256
              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
@@ -647,11 +616,10 @@ class GPT2(Words):
         """tiktoken would silently download what its cache lacks, or holds damaged: so look first."""
         default = Path(tempfile.gettempdir(), "data-gym-cache")
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-        for name, digest in self.FILES.items():
-            file = Path(cache, hashlib.sha1((self.URL + name).encode()).hexdigest())
-            if cache == "" or not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                return False
-        return True
+        files = {Path(cache, hashlib.sha1((self.URL + name).encode()).hexdigest()): digest
+                 for name, digest in self.FILES.items()}
+        return cache != "" and all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+                                   for file, digest in files.items())
 
     @functools.cached_property
     def encoding(self):
@@ -660,68 +628,58 @@ class GPT2(Words):
 
     def merge(self, text):
         if not self.found:
-            raise ValueError("the gpt2 vocabulary is not in tiktoken's cache: run `python data.py download gpt2` (with "
-                             "a network), or copy the cache of another machine and set TIKTOKEN_CACHE_DIR to it, or "
-                             "choose another --tokenizer")
+            raise ValueError("the gpt2 vocabulary is not in tiktoken's cache: run `python data.py download gpt2` (with a "
+                             "network), or copy the cache of another machine and set TIKTOKEN_CACHE_DIR to it, or choose "
+                             "another --tokenizer")
         return np.array(self.encoding.encode_ordinary(text), np.int32)
 
     def decode(self, ids):
         if self.found:
             return self.encoding.decode(ids)
         if not self.told:
-            print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py download "
-                  "gpt2` gets it")
-        self.told = True
+            self.told = True
+            print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py download gpt2` "
+                  "gets it")
         return "".join(f"<{i}>" for i in ids)
 
 class World(Bytes):
-    """RWKV World: greedy longest match over bytes, from the published vocabulary file; ids 0 (end of text) to
-    65535."""
-    vocab_size, eot_id, longest = 65536, 0, 128
+    """RWKV World: greedy longest match over bytes, from the published vocabulary file; ids 0 (end of text) to 65535."""
+    vocab_size, eot_id = 65536, 0
     NAME = "rwkv_vocab_v20230424.txt"
 
     def __init__(self, alphabet="", file="", sha256=""):
-        places = [file] if file else []
-        package = importlib.util.find_spec("rwkv")
+        places, package = [file], importlib.util.find_spec("rwkv")
         if package and (sha256 or not file):        # a checkpoint's file may have moved
             places += [str(Path(folder, self.NAME)) for folder in package.submodule_search_locations]
         path = next(filter(os.path.isfile, places), None)
         if not path:
-            raise ValueError(f"no RWKV vocabulary {file or self.NAME}: give it as --tokenizer=rwkv:FILE, or pip "
-                             "install rwkv, which has it")
+            raise ValueError(f"no RWKV vocabulary {file or self.NAME}: give it as --tokenizer=rwkv:FILE, or pip install "
+                             "rwkv, which has it")
         raw = Path(path).read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
         if sha256 and sha256 != digest:
-            raise ValueError(f"{path} ({digest[:12]}) is not the checkpoint's RWKV vocabulary ({sha256[:12]}): give "
-                             "that one")
+            raise ValueError(f"{path} ({digest[:12]}) is not the checkpoint's RWKV vocabulary ({sha256[:12]}): give it")
         self.state = {"file": os.path.abspath(file) if file else "", "sha256": digest}
-        self.words = self.parse(raw, path)          # id -> bytes
+        self.words = {0: b"<|endoftext|>"}          # id -> bytes
         self.trie = {}                              # nested dicts: byte -> node, and -1 -> id of the bytes up to here
-        for i, word in self.words.items():
-            node = self.trie
-            for byte in word:
-                node = node.setdefault(byte, {})
-            node[-1] = i
+        try:
+            for line in raw.decode().strip().split("\n"):
+                self.add(*re.fullmatch(r"(\d+) (.*) (\d+)\s*", line).groups())
+        except (ValueError, SyntaxError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no RWKV vocabulary (line {len(self.words)}): give {self.NAME}") from None
         for byte in range(256):
             if -1 not in self.trie.get(byte, {}):
                 raise ValueError(f"{path} is no complete RWKV vocabulary (no token for byte {byte}): give {self.NAME}")
 
-    def parse(self, raw, path):
-        """Lines such as `33 '!' 1`: id, literal of text or bytes, number of bytes -> {id: bytes}."""
-        words = {}
-        try:
-            for line in raw.decode().strip().split("\n"):
-                number, rest = line.split(" ", 1)
-                literal, length = rest.rsplit(" ", 1)
-                word, i = ast.literal_eval(literal.strip()), int(number)
-                if isinstance(word, str):
-                    word = word.encode()
-                if len(word) != int(length) or not 0 < len(word) <= self.longest or not 0 < i < self.vocab_size:
-                    raise ValueError(line)
-                words[i] = bytes(word)
-        except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"{path} is no RWKV vocabulary (line {len(words) + 1}): give {self.NAME}") from None
-        return words
+    def add(self, i, literal, length):
+        """A line of the file, such as `33 '!' 1`: id, literal of text or bytes, number of bytes."""
+        i, word, node = int(i), ast.literal_eval(literal.strip()), self.trie
+        word = word.encode() if isinstance(word, str) else bytes(word)
+        if len(word) != int(length) or not word or not 0 < i < self.vocab_size:
+            raise ValueError(i)
+        for byte in word:
+            node = node.setdefault(byte, {})
+        node[-1], self.words[i] = i, word
 
     def encode_bytes(self, raw):
         """Any bytes -> list of ids."""
@@ -739,9 +697,7 @@ class World(Bytes):
         return np.array(self.encode_bytes(text.encode()), np.int32)
 
     def decode(self, ids):
-        special = {0: b"<|endoftext|>"}
-        words = (self.words.get(i) or special.get(i, "\ufffd".encode()) for i in ids)
-        return b"".join(words).decode(errors="replace")
+        return b"".join(self.words.get(i, "\ufffd".encode()) for i in ids).decode(errors="replace")
 
 class BPE(Words):
     """A JSON file of Hugging Face's tokenizers, such as train-bpe writes; checkpoints keep its text."""
@@ -760,10 +716,9 @@ class BPE(Words):
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.bpe.encode_special_tokens = True       # <|endoftext|> in a text is text
-        self.state, vocabulary = {"json": json}, self.bpe.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
-        ends = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
-        self.eot_id = next((vocabulary[token] for token in ends if token in vocabulary), None)
+        self.state, ids = {"json": json}, self.bpe.get_vocab()
+        self.vocab_size = max(ids.values()) + 1
+        self.eot_id = next((ids[s] for s in ("<|endoftext|>", "</s>", "<eos>", "[SEP]") if s in ids), None)
 
     def merge(self, text):
         return np.array(self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
@@ -776,26 +731,22 @@ KINDS = {"byte": Bytes, "char": Chars, "gpt2": GPT2, "rwkv": World, "bpe": BPE}
 class Tokenizer:
     """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; `alphabet`: the characters of `char`, in order.
 
-    encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None; state(), of
-    str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError says why it cannot be.
+    encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None; state(), of str
+    only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError says why it cannot be.
     """
 
     def __init__(self, kind, alphabet="", file="", **state):
         self.kind, colon, given = kind.partition(":")
         if self.kind not in KINDS or colon and self.kind not in ("rwkv", "bpe"):
-            raise ValueError(f"tokenizer={kind!r} is unknown: choose one of {', '.join(KINDS)} (also rwkv:FILE, "
-                             "bpe:FILE)")
+            raise ValueError(f"tokenizer={kind!r} is unknown: choose one of {', '.join(KINDS)} (also rwkv:FILE, bpe:FILE)")
         self.alphabet, self.codec = alphabet, KINDS[self.kind](alphabet, given or file, **state)
         self.ids = {c: i for i, c in enumerate(alphabet)}
         self.vocab_size, self.eot_id, self.encode = self.codec.vocab_size, self.codec.eot_id, self.codec.encode
 
     def decode(self, ids):
         """Ids (a mask id, or any past the vocabulary, shows as _) -> str."""
-        text = ""
-        for known, run in itertools.groupby(map(int, ids), lambda i: i < self.vocab_size):
-            run = list(run)
-            text += self.codec.decode(run) if known else "_" * len(run)
-        return text
+        runs = itertools.groupby(map(int, ids), lambda i: i < self.vocab_size)
+        return "".join(self.codec.decode(list(run)) if known else "_" * len(list(run)) for known, run in runs)
 
     def characters(self, ids):
         """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several ids that
@@ -816,21 +767,21 @@ def same_vocabulary(a, b):
     return {**a, "file": ""} == {**b, "file": ""}
 
 def agreed(asked, state, owner):
-    """The tokenizer of `state`, which `owner` (a checkpoint, a folder) goes by. ValueError if `asked`, a Tokenizer
-    or a setting, is another one; "" asks for nothing, `char` for the alphabet that there is."""
+    """The tokenizer of `state`, which `owner` (a checkpoint, a folder) goes by. ValueError if `asked`, a Tokenizer or a
+    setting, is another one; "" asks for nothing, `char` for the alphabet that there is."""
     if isinstance(asked, str):
         kind, _, file = asked.partition(":")
         if kind in ("", state["kind"]) and not (kind == "bpe" and file):
             return Tokenizer(**(state | {"file": file} if file else state))
         asked = Tokenizer(asked)
     if not same_vocabulary(asked.state(), state):
-        have, want = (f"{s['kind']} {s['alphabet']!r}" if s["alphabet"] else s["kind"] for s in (state, asked.state()))
-        raise ValueError(f"{owner} has another vocabulary ({have}) than was asked for ({want}): leave --tokenizer out, "
-                         "or use data and a checkpoint that go together")
+        have, want = (f"{s['kind']} {s['alphabet']!r}".removesuffix(" ''") for s in (state, asked.state()))
+        raise ValueError(f"{owner} has another vocabulary ({have}) than was asked for ({want}): leave --tokenizer out, or "
+                         "use data and a checkpoint that go together")
     return asked
 
-CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
-CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xfffd)
+CONTROLS = dict.fromkeys(range(128, 160), 0xfffd) | {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
+CONTROLS |= {ord(c): c for c in "\n\t"}
 
 def visible(text):
     """Text as a terminal may show it: control characters as their pictures, but for line ends and tabs."""
@@ -840,8 +791,7 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
     """IN, GT and PR of one row, `width` characters around its mask, and ^ under what is wrong. All (T,)."""
     first = int(masked.nonzero()[0]) if masked.any() else 0
     start = max(0, min(first - width // 4, len(target) - width))
-    here = slice(start, start + width)
-    hidden = target.masked_fill(masked, tokenizer.vocab_size)
+    here, hidden = slice(start, start + width), target.masked_fill(masked, tokenizer.vocab_size)
     rows = [tokenizer.characters(ids[here]) for ids in (hidden, target, pred)]
     rows.append(["^" if wrong else " " for wrong in (pred != target)[here]])
     wide = [max(map(len, column)) for column in zip(*rows)]     # a token of several characters takes a wide column
@@ -850,13 +800,13 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
     marks = lines.pop().rstrip()
     return "\n".join(lines + [marks] if marks else lines)
 
-# ==== training needs nothing below: the commands ==============================================================
+# ==== training needs nothing below: the commands ==================================================================
 
 PATTERN = "*.txt,*.md,*.jsonl"
 
 def text_files(data_path, pattern=PATTERN):
-    """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]], which
-    tells whether any of them changed, and the paths of the folder's other files."""
+    """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]], which tells
+    whether any of them changed, and the paths of the folder's other files."""
     if not data_path:
         raise ValueError("--data_path is missing: give a text file, or a folder with texts")
     files, others = [str(data_path)], []
@@ -871,6 +821,10 @@ def text_files(data_path, pattern=PATTERN):
                          f"{pattern} (--pattern chooses others)")
     return found, others
 
+def progress(found, what):
+    """A progress bar over the bytes of files."""
+    return tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=what)
+
 class Region(NamedTuple):
     """Bytes begin..end of a text file. closed: the end of text comes after it."""
     path: str
@@ -882,14 +836,14 @@ def regions(found, val_share):
     """[path, size, time] of each file -> {split: [Region]}: the last val_share of all bytes is held out."""
     cut, out = int(sum(size for _, size, _ in found) * (1 - val_share)), {split: [] for split in SPLITS}
     for path, size, _ in found:
-        begin, several = start_of(path), len(found) > 1 and not is_jsonl(path)
+        begin, closed = start_of(path), len(found) > 1 and not is_jsonl(path)
         here = min(max(cut, begin), size)
         if begin < here < size:
             here = next_start(path, here)
         if begin < here:
-            out["train"].append(Region(path, begin, here, several and here == size))
+            out["train"].append(Region(path, begin, here, closed and here == size))
         if here < size:
-            out["val"].append(Region(path, here, size, several))
+            out["val"].append(Region(path, here, size, closed))
         cut -= size
     return out
 
@@ -934,7 +888,7 @@ def pieces(region, offset=0):
 
 def read_all(found, what):
     """The text of every piece of the files, with a progress bar."""
-    with tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=what) as bar:
+    with progress(found, what) as bar:
         for region in regions(found, 0)["train"]:
             for _, n, text in pieces(region):
                 yield text
@@ -944,58 +898,55 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on from its
     last shard.
 
-    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read whose
-    names fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order mark is left
-    out. After each file of a folder and each text of a .jsonl file comes the end of text, if the tokenizer has one.
+    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read whose names
+    fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order mark is left out. After
+    each file of a folder and each text of a .jsonl file comes the end of text, if the tokenizer has one.
     """
     if not out:
         raise ValueError("--out is missing: give the folder to write")
     found, others = text_files(data_path, pattern)
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        print(f"left out, since their names do not fit --pattern={pattern}: {', '.join(others[:3])}{more}")
+        print(f"left out, since their names do not fit --pattern={pattern}: {first_three(others)}")
     settings = dict(val_share=val_share, shard_tokens=shard_tokens)
-    if Path(out, "meta.json").exists():
-        tok, meta = go_on(data_path, tokenizer, out, found, settings)
-    else:
-        tok, meta = begin(tokenizer, found, settings)
-        os.makedirs(out, exist_ok=True)
-    save_meta(out, meta)
-    begun, before = time.perf_counter(), sum(meta[split]["tokens"] for split in SPLITS)
-    with tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=f"{tok.kind} tokens") as bar:
+    tok, meta = (go_on if Path(out, "meta.json").exists() else begin)(data_path, tokenizer, out, found, settings)
+    before, begun = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter()
+    with progress(found, f"{tok.kind} tokens") as bar:
         for split, parts in regions(found, val_share).items():
             write_split(out, split, parts, tok, meta, bar)
     if text_files(data_path, pattern)[0] != found:
         raise ValueError(f"{data_path} changed while it was read: delete {out} and start again")
-    meta["done"] = True
-    save_meta(out, meta)
-    n, seconds = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter() - begun
-    print(f"{out}: {meta['train']['tokens']:,} training and {meta['val']['tokens']:,} held-out tokens in "
-          f"{meta['dtype']}, vocabulary {tok.vocab_size:,}, {(n - before) / seconds:,.0f} tokens/s; try: python "
-          f"train.py --data_path={out}")
+    save_meta(out, meta, done=True)
+    train, val = (meta[split]["tokens"] for split in SPLITS)
+    speed = (train + val - before) / (time.perf_counter() - begun)
+    print(f"{out}: {train:,} training and {val:,} held-out tokens in {meta['dtype']}, vocabulary {tok.vocab_size:,}, "
+          f"{speed:,.0f} tokens/s; try: python train.py --data_path={out}")
 
-def begin(tokenizer, found, settings):
-    """-> Tokenizer, the meta.json of a folder with nothing in it yet."""
+def begin(data_path, tokenizer, out, found, settings):
+    """Make the folder `out` with a meta.json that names no shard yet -> Tokenizer, meta."""
     tok = Tokenizer(tokenizer or "byte")
     if tok.kind == "char":
         tok = Tokenizer("char", alphabet(*map(set, read_all(found, "alphabet"))))
     tok.encode("")                  # a vocabulary that is not there is an error before the work
     meta = {split: dict(shards=[], tokens=0, chars=0, bytes=0, at=[0, 0, 0]) for split in SPLITS}
     kind = "uint16" if tok.vocab_size <= 1 << 16 else "uint32"
-    return tok, meta | dict(tokenizer=tok.state(), dtype=kind, settings=settings, source=found, done=False)
+    meta.update(tokenizer=tok.state(), dtype=kind, settings=settings, source=found, done=False)
+    os.makedirs(out, exist_ok=True)
+    save_meta(out, meta)
+    return tok, meta
 
 def go_on(data_path, tokenizer, out, found, settings):
-    """-> Tokenizer, meta.json of the folder `out`, which must have been begun from the same files and settings."""
+    """The same for a folder that was begun, which must be from the same files with the same settings."""
     meta = read_meta(Path(out, "meta.json"), f"delete {out}, or give another --out")
     if meta["source"] != found:
-        raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, "
-                         "or give another --out")
+        raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, or "
+                         "give another --out")
     if meta["settings"] != settings:
         raise ValueError(f"{out} was begun with {meta['settings']}, not {settings}: use those, delete {out}, or give "
                          "another --out")
     return agreed(tokenizer, meta["tokenizer"], out), meta
 
-def save_meta(out, meta):
+def save_meta(out, meta, **changes):
+    meta.update(changes)
     replace_file(Path(out, "meta.json"), json.dumps(meta).encode())
 
 def write_split(out, split, parts, tok, meta, bar):
@@ -1068,8 +1019,10 @@ def project(data_path="", out="", dim=32):
                          "--out")
 
     def chunks(split):
-        for part in in_chunks(read_entries(data_path, split)):
-            yield [entry["text"] for entry in part], read_vectors(data_path, part)[1]
+        entries = read_entries(data_path, split)
+        vectors, _ = read_vectors(data_path, entries)
+        for i in range(0, len(entries), SHARD):
+            yield [entry["text"] for entry in entries[i:i + SHARD]], vectors[i:i + SHARD]
     projection, counts = write_latents(out, dim, chunks)
     print(f"{out}: {counts[0]:,} training and {counts[1]:,} validation texts, {len(projection.mean)} dimensions to "
           f"{dim}; try: python data.py tokenize --data_path={out}")
@@ -1097,6 +1050,12 @@ def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=Tr
     replace_file(Path(data_path, "tokenizer.json"), json.dumps(tok.state()).encode())
     print(f"{data_path}: {len(texts['train']):,} + {len(texts['validation']):,} texts of at most {max_length} "
           f"{tok.kind} tokens, vocabulary {tok.vocab_size:,}")
+
+def in_chunks(items, n=SHARD):
+    """Lists of n items, the last one shorter."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, n)):
+        yield chunk
 
 def passages(parts, length):
     """Regions -> the texts in them, each of `length` characters; what is left at the end of a region is dropped."""
