@@ -1,17 +1,17 @@
 """Texts and synthetic tasks to batches of token ids. B batch, T time, V vocabulary, D numbers in a latent.
 
 A source (TextSource, TaskSource, or PairSource for texts with latents) has a `tokenizer` and two methods:
-train_rows(step, B, lo, hi, seed), rows lo..hi of the global batch of B, and eval_rows(n, seed), always the same
-rows of the held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, and lengths (n,) or None
-where all rows are full; PairSource also latents (n,D). A row depends on nothing but the seed, the step and its place
+train_rows(step, B, lo, hi, seed), rows lo..hi of the global batch of B, and eval_rows(n, seed), rows of the
+held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, lengths (n,) or None where all
+rows are full, and of a PairSource latents (n,D). A row depends on nothing but the seed, the step and its place
 in the global batch, so accumulation, several processes and a resumed run all see the same data.
 
-    python data.py prepare --data_path=FILE_or_FOLDER --tokenizer=byte --out=FOLDER   much text to token files
-    python data.py train-bpe --data_path=FILE --vocab_size=4096 --out=FILE.json       for --tokenizer=bpe:FILE.json
-    python data.py latents --data_path=FILE --out=FOLDER            texts with 32 latents each, without any model
-    python data.py project --data_path=FOLDER --out=FOLDER2         latents of an embedder's 1024 dimensions to 32
-    python data.py tokenize --data_path=FOLDER2 --tokenizer=byte    their tokens
-    python data.py download shakespeare                             or text8, or gpt2 (its vocabulary)
+    python data.py prepare --data_path=TEXT --tokenizer=byte --out=FOLDER   files, any size, to token files
+    python data.py train-bpe --data_path=TEXT --vocab_size=4096 --out=FILE.json   for --tokenizer=bpe:FILE.json
+    python data.py latents --data_path=TEXT --out=FOLDER           texts with 32 latents each, without a model
+    python data.py project --data_path=FOLDER --out=FOLDER2        an embedder's 1024 dimensions to 32 latents
+    python data.py tokenize --data_path=FOLDER2 --tokenizer=byte   their tokens
+    python data.py download shakespeare                            or text8, or gpt2 (its vocabulary)
 """
 from configurator import stoppable
 
@@ -46,7 +46,8 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from configurator import SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file, written
+from configurator import (SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file,
+                          written)
 
 SPLITS = ("train", "val")           # of a prepared text
 PAIRS = ("train", "validation")     # of texts with latents
@@ -56,9 +57,9 @@ SHARD = 4096                        # texts with latents in a token file, and in
 # ---- sources -----------------------------------------------------------------------------------------------
 
 class TextSource:
-    """Text: a file in memory, a folder of `python data.py prepare`, or data_bin and data_val_bin, token files of
-    others (read_bins). Rows are random windows of T tokens, any of which may be masked.
-    tokenizer: a Tokenizer, a setting, or "" for what fits."""
+    """Text: a file in memory, a folder of `python data.py prepare`, or token files of others, data_bin and
+    data_val_bin (read_bins). Rows are random windows of T tokens, any of which may be masked. tokenizer: a
+    Tokenizer, a setting, or "" for what fits."""
     objective = "masked_mean"
 
     def __init__(self, path, T, tokenizer="", data_bin="", data_val_bin="", vocab_size=0):
@@ -71,9 +72,10 @@ class TextSource:
         self.T = T
         self.name, self.tokenizer, self.train, self.val, (self.chars_per_token, self.bytes_per_token) = opened
         if min(len(self.train), len(self.val)) < T:
-            raise ValueError(f"{self.name} holds {len(self.train) + len(self.val)} tokens, too few: the held-out part "
-                             f"({len(self.val)}) must hold seq_len={T}; give a text of at least {10 * T} tokens, or a "
-                             "smaller --seq_len")
+            n = len(self.train) + len(self.val)
+            raise ValueError(f"{self.name} holds {n} tokens, too few: the held-out part ({len(self.val)}) "
+                             f"must hold seq_len={T}; give a text of at least {10 * T} tokens, or a smaller "
+                             "--seq_len")
 
     def train_rows(self, step, B, lo, hi, seed):
         start = torch.randint(len(self.train) - self.T + 1, (B,), generator=generator(seed, step, 1))[lo:hi]
@@ -92,8 +94,8 @@ class TextSource:
 class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, of tasks.params.
 
-    Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes it over;
-    with `trim`, columns that are padding in every row are cut off, since they can change nothing.
+    Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes
+    over it; with `trim`, columns that are padding in every row are cut off, since they can change nothing.
     """
     objective = "task"
 
@@ -124,8 +126,8 @@ class TaskSource:
 # projection.npz                          the Projection that made the latents
 
 class Projection(NamedTuple):
-    """F features -> D latents, by the principal components of a training set: (x - mean) components / scale. The mean
-    variance of a latent is 1; the scale is one for all, so that distances keep their proportions."""
+    """F features -> D latents, principal components of a training set: (x - mean) components / scale. The
+    mean variance of a latent is 1; the scale is one for all, so that distances keep their proportions."""
     mean: np.ndarray            # (F,)
     components: np.ndarray      # (F,D)
     scale: np.ndarray           # ()
@@ -141,13 +143,13 @@ class Split(NamedTuple):
     use: torch.Tensor        # (m,) the rows that are there whole
 
 class PairSource:
-    """Texts with latents, a folder of `python data.py latents`, project and tokenize. Rows are whole texts, cut to T
-    tokens, with their latents (D,) as they are in the files, zeros where an entry has no latent_path. All is read
-    once, file by file, into temporary files that are mapped to memory: a set may be larger than that.
+    """Texts with latents, a folder of `python data.py latents`, project and tokenize. Rows are whole texts,
+    cut to T tokens, with their latents as they are in the files, zeros where an entry has no latent_path. All
+    is read once, file by file, into temporary files that are mapped to memory: a set may be larger than that.
 
-    use_latents=False leaves the latents out. skip_missing: texts whose latent file is missing are left out, and
-    counted. ValueError for missing, truncated or pickled files, for NaN, latents of several dimensions, and token
-    files of another number of texts.
+    use_latents=False leaves the latents out. skip_missing: texts whose latent file is missing are left out
+    and counted. ValueError for missing, truncated or pickled files, for NaN, latents of several dimensions,
+    and token files of another number of texts.
     """
     objective = "stage1_coupling"
     chars_per_token = bytes_per_token = math.nan
@@ -162,9 +164,9 @@ class PairSource:
         self.train, self.val = train, val = [self.read(split, use_latents, skip_missing) for split in PAIRS]
         self.latent_dim = train.z.shape[1]
         if val.z.shape[1] != self.latent_dim or not len(train.use) or not len(val.use):
-            raise ValueError(f"{folder}: {len(train.use)} training texts with latents of {self.latent_dim} dimensions, "
-                             f"{len(val.use)} for validation with {val.z.shape[1]}: both must have texts, and latents "
-                             "of one dimension")
+            raise ValueError(f"{folder}: {len(train.use)} training texts with latents of {self.latent_dim} "
+                             f"numbers, {len(val.use)} for validation with {val.z.shape[1]}: both need "
+                             "texts, and equal latents")
         file = Path(folder, "projection.npz")
         self.projection = load_array(file, Projection._fields) if file.is_file() and use_latents else None
 
@@ -176,7 +178,7 @@ class PairSource:
         if use_latents:
             z, there = read_vectors(self.name, entries, skip_missing, optional=True)
         if not there.all():
-            print(f"{self.name}: {n - there.sum()} of {n} {split} texts are left out, their latent files are missing")
+            print(f"{self.name}: {n - there.sum()} of {n} {split} texts are left out: no latent files")
         use = torch.from_numpy(there & (lengths > 0)).nonzero()[:, 0]
         return Split(ids, torch.from_numpy(lengths), z, use)
 
@@ -189,8 +191,8 @@ class PairSource:
             if x.dtype.kind not in "iu" or x.size and x.min() < 0:
                 raise ValueError(f"{f}: input_ids are {x.dtype}, or negative: make the tokens again")
             if x.shape != mask.shape or x.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any():
-                raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be (texts, tokens), "
-                                 "padded at the end")
+                raise ValueError(f"{f}: input_ids {x.shape} and attention_mask {mask.shape} must be (texts, "
+                                 "tokens), padded at the end")
             x = x * mask
             check_ids(f, x, self.tokenizer.vocab_size)
             if at + len(x) <= n:
@@ -198,8 +200,8 @@ class PairSource:
                 lengths[at:at + len(x)] = mask[:, :self.T].sum(1)
             at += len(x)
         if at != n:
-            raise ValueError(f"{self.name}/{split} holds tokens of {at} texts, {split}_data.json has {n}: python "
-                             f"data.py tokenize --data_path={self.name}")
+            raise ValueError(f"{self.name}/{split} holds tokens of {at} texts, {split}_data.json has {n}: "
+                             f"python data.py tokenize --data_path={self.name}")
         return ids, lengths
 
     def rows(self, part, index):
@@ -275,7 +277,7 @@ def split(n, *tensors):
     """Micro-batches of n rows of tensors that belong together; None stays None."""
     return zip(*(itertools.repeat(None) if z is None else z.split(n) for z in tensors))
 
-# ---- readers: what a file holds is read, or refused in one line ------------------------------------------------
+# ---- readers: what a file holds is read, or refused in one line --------------------------------------------
 
 def one_line_end(text):
     """Line ends of every system -> those of Unix."""
@@ -285,7 +287,7 @@ def is_jsonl(path):
     return str(path).lower().endswith(".jsonl")
 
 def decode(raw, path, at=0, last=True):
-    """Bytes of the file `path` from byte `at` on -> str, without half a character at the end if more follow."""
+    """Bytes of the file `path` from byte `at` on -> str, without half a character at the end."""
     try:
         return codecs.utf_8_decode(raw, "strict", last)[0]
     except UnicodeDecodeError as e:
@@ -301,9 +303,9 @@ def record(path, line, place):
         return one_line_end(found["text"])
 
 def read_text(path):
-    """A UTF-8 file -> (name, str); with no path the source text of Python's own standard library, which every machine
-    has. Of a .jsonl file the texts of its lines, a line end after each. A byte order mark is left out, line ends
-    become \\n."""
+    """A UTF-8 file -> (name, str); with no path the source of Python's own standard library, which every
+    machine has. Of a .jsonl file the texts of its lines, a line end after each. A byte order mark is left
+    out, and line ends become \\n."""
     if not path:
         text = ""
         for f in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -328,7 +330,7 @@ def per_token(tokenizer, ids):
     return [len(text) / len(ids), len(text.encode()) / len(ids)]
 
 def open_text(path, tokenizer):
-    """A text in memory, its last tenth held out -> name, tokenizer, train, val, [characters, bytes] per token."""
+    """A text, its last tenth held out -> name, tokenizer, train, val, [characters, bytes] per token."""
     name, text = read_text(path)
     if isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer or "byte", alphabet(text) if tokenizer == "char" else "")
@@ -342,11 +344,13 @@ def open_text(path, tokenizer):
 def check_ids(name, ids, V, at=0):
     """ValueError if one of the ids, the first of which is number `at` of `name`, is not below V."""
     if ids.size and ids.max() >= V:
-        raise ValueError(f"{name}: token id {ids.max()} at position {at + int(ids.argmax())} is past the vocabulary of "
-                         f"{V}: give the tokenizer that the file was made with, or a larger --vocab_size")
+        raise ValueError(f"{name}: token id {ids.max()} at position {at + int(ids.argmax())} is past the "
+                         f"vocabulary of {V}: give the tokenizer that the file was made with, or a larger "
+                         "--vocab_size")
 
 class Tokens:
-    """Arrays of ids (np.memmap of files) read as one: at (n,T) int64 positions -> (n,T) int64 ids, all below V."""
+    """Arrays of ids (files in memory maps) read as one: positions (n,T) int64 -> ids (n,T) int64, all below
+    V."""
 
     def __init__(self, parts, V):
         self.parts, self.V = parts, V
@@ -372,34 +376,34 @@ class Tokens:
 MAGIC, VERSION = 20240520, 1        # the header of modded-nanogpt's .bin files
 
 def read_bins(pattern, V, raw):
-    """Token files by name or pattern -> Tokens. modded-nanogpt: int32[256] header (magic, version, count, zeros), then
-    uint16 ids; with `raw` also bare uint16 ids, as nanoGPT writes them. ValueError for another header, a cut file, an
-    id not below V."""
+    """Token files by name or pattern -> Tokens. modded-nanogpt: int32[256] header (magic, version, count,
+    zeros), then uint16 ids; with `raw` also bare uint16 ids, as nanoGPT writes them. ValueError for another
+    header, a cut file, an id not below V."""
     parts = []
     for f in sorted(glob.glob(pattern)) or [pattern]:
         size, head = os.path.getsize(f), np.fromfile(f, "<i4", 256)
         modded = len(head) == 256 and head[0] == MAGIC
         other_header = len(head) == 256 and not head[3:].any()
         if modded and (head[1] != VERSION or size != 1024 + 2 * int(head[2])):
-            raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version {VERSION} "
-                             f"and the {(size - 1024) / 2:g} that the file holds: copy it again")
+            raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version "
+                             f"{VERSION} and the {(size - 1024) / 2:g} that the file holds: copy it again")
         if not modded and (not raw or other_header or size % 2 or not size):
-            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as modded-nanogpt's; "
-                             "for bare uint16 ids, as nanoGPT writes them, name their --tokenizer; for text use "
-                             "--data_path")
+            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as "
+                             "modded-nanogpt's; for bare uint16 ids (nanoGPT) name their --tokenizer; for "
+                             "text use --data_path")
         parts.append(np.memmap(f, "<u2", "r", offset=1024 if modded else 0))
         for at in range(0, len(parts[-1]), 1 << 24):        # a file may be larger than memory
             check_ids(f, parts[-1][at:at + (1 << 24)], V, at)
     return Tokens(parts, V)
 
 def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
-    """Token files (without data_val_bin the last tenth is held out) -> what open_text returns, with the characters and
-    bytes per token of samples from all over the held-out part."""
+    """Token files (without data_val_bin the last tenth is held out) -> what open_text returns, with the
+    characters and bytes per token of samples from all over the held-out part."""
     raw = bool(tokenizer)
     if tokenizer == "char":         # nanoGPT's ids: the sorted characters of its text
         if not path:
-            raise ValueError(f"{data_bin}: --tokenizer=char needs the text it was made from as --data_path, for its "
-                             "alphabet (meta.pkl is not read: unpickling a file may run anything)")
+            raise ValueError(f"{data_bin}: --tokenizer=char needs the text it was made from as --data_path, "
+                             "for its alphabet (meta.pkl is not read: unpickling a file may run anything)")
         tokenizer = Tokenizer("char", alphabet(read_text(path)[1]))
     elif isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer or "gpt2")
@@ -414,7 +418,8 @@ def open_bins(data_bin, data_val_bin, path, tokenizer, vocab_size):
     if tokenizer.codec.found:
         starts = np.arange(64)[:, None] * max(0, len(val) - 1024) // 63
         shown = val[starts + np.arange(min(1024, len(val)))].flatten().tolist()
-    return data_bin, tokenizer, train, val, per_token(tokenizer, [i for i in shown if i < tokenizer.vocab_size])
+    known = [i for i in shown if i < tokenizer.vocab_size]
+    return data_bin, tokenizer, train, val, per_token(tokenizer, known)
 
 def read_meta(file, repair):
     """meta.json of a folder that `python data.py prepare` wrote or began -> dict."""
@@ -428,14 +433,14 @@ def open_prepared(folder, tokenizer):
     """A folder of `python data.py prepare` -> what open_text returns."""
     file, repair = Path(folder, "meta.json"), "prepare the text anew, into another folder"
     if not file.is_file():
-        nanogpt = "; nanoGPT's train.bin and val.bin are read by --data_bin and --data_val_bin"
-        raise ValueError(f"{folder} has no meta.json: a folder of texts is prepared first, python data.py prepare "
-                         f"--data_path={folder} --out=FOLDER, then --data_path=FOLDER"
-                         + (nanogpt if Path(folder, "train.bin").is_file() else ""))
+        hint = ""
+        if Path(folder, "train.bin").is_file():
+            hint = "; nanoGPT's train.bin and val.bin are read by --data_bin and --data_val_bin"
+        raise ValueError(f"{folder} has no meta.json: a folder of texts is prepared first, python data.py "
+                         f"prepare --data_path={folder} --out=FOLDER, then --data_path=FOLDER{hint}")
     meta = read_meta(file, repair)
     if not meta["done"]:
-        raise UserError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on where it was "
-                        "stopped")
+        raise UserError(f"{folder} is not finished: start `python data.py prepare` once more, it goes on")
     with reading(folder, f"its meta.json is damaged, {repair}"):
         tokenizer = agreed(tokenizer, meta["tokenizer"], folder)
         train, val = (Tokens(open_shards(folder, meta, split), tokenizer.vocab_size) for split in SPLITS)
@@ -452,7 +457,7 @@ def open_shards(folder, meta, split):
             raise ValueError(f"{name!r} is not the name of a shard")
         size = os.path.getsize(Path(folder, name))
         if size != n * np.dtype(kind).itemsize:
-            raise UserError(f"{folder}/{name} holds {size} bytes, not {n} tokens of {kind}: prepare the folder again")
+            raise UserError(f"{folder}/{name} holds {size} bytes, not {n} tokens of {kind}: prepare it again")
         shards.append(np.memmap(Path(folder, name), kind, "r"))
     return shards
 
@@ -464,30 +469,31 @@ def read_entries(folder, split):
     """The entries of FOLDER/SPLIT_data.json, a list of {"text": ..., "latent_path": ...}."""
     file = Path(folder, f"{split}_data.json")
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` makes such a "
-                         "folder")
+        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` "
+                         "makes it")
     with reading(file, "make it again"):
         entries = json.loads(file.read_text(encoding="utf-8-sig"))
     for entry in entries if isinstance(entries, list) else [None]:
         good = isinstance(entry, dict) and isinstance(entry.get("text"), str)
         if not good or not isinstance(entry.get("latent_path") or "", str):
-            raise ValueError(f'{file} must be a list of entries such as {{"text": "...", "latent_path": '
-                             f'"latents/{split}/000000.npy"}}')
+            raise ValueError(f'{file} must be a list of entries such as '
+                             f'{{"text": "...", "latent_path": "latents/{split}/000000.npy"}}')
         name = entry.get("latent_path") or ""
         if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"{file}: latent_path={name!r} leaves the folder: give paths below {folder}")
     return entries
 
 def read_vectors(folder, entries, skip_missing=False, optional=False):
-    """The latent files of n entries -> vectors (n,D) float32 in a temporary file, zeros where there is none; (n,) bool,
-    False where one is lacking. ValueError for that unless skip_missing, for vectors of several lengths, and for NaN.
-    optional: an entry without a latent_path does not lack one."""
+    """The latent files of n entries -> vectors (n,D) float32 in a temporary file, zeros where there is none;
+    (n,) bool, False where one is lacking. ValueError for that unless skip_missing, for vectors of several
+    lengths, and for NaN. optional: an entry without a latent_path does not lack one."""
     paths = [Path(folder, entry["latent_path"]) if entry.get("latent_path") else None for entry in entries]
     there = np.array([path.is_file() if path else optional for path in paths], bool)
     if not there.all() and not skip_missing:
         lacking = [str(paths[i] or f"entry {i} has no latent_path") for i in np.flatnonzero(~there)]
-        raise ValueError(f"{len(lacking)} of {len(paths)} entries have no latent file ({first_three(lacking)}): make "
-                         "them, or leave those texts out with --skip_missing=1")
+        raise ValueError(f"{len(lacking)} of {len(paths)} entries have no latent file "
+                         f"({first_three(lacking)}): make them, or leave those texts out with "
+                         "--skip_missing=1")
     vectors = np.zeros((len(paths), 0), np.float32)
     for i, path in enumerate(paths):
         if not path or not there[i]:
@@ -496,7 +502,7 @@ def read_vectors(folder, entries, skip_missing=False, optional=False):
         if not vectors.size and v.ndim == 1:
             vectors = temp_array((len(paths), len(v)), np.float32)
         if v.shape != vectors.shape[1:]:
-            raise ValueError(f"{path} has shape {v.shape}, the first one has {vectors.shape[1:]}: give vectors of one "
+            raise ValueError(f"{path} has shape {v.shape}, those before {vectors.shape[1:]}: give one "
                              "dimension")
         if not np.isfinite(v).all():
             raise ValueError(f"{path} holds NaN or infinite numbers: make it again")
@@ -508,8 +514,8 @@ def first_three(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 def load_array(path, keys=None):
-    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated, compressed,
-    claims more than the file holds, or would run code."""
+    """A .npy array, or the arrays `keys` of a .npz. ValueError in one line for what is missing, truncated,
+    compressed, claims more than the file holds, or would run code."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist")
     size, found = os.path.getsize(path), []
@@ -540,9 +546,11 @@ def read_npy(f, size):
 
 def temp_array(shape, kind):
     """An array in an unnamed temporary file, which the system drops when nobody uses it any more."""
-    return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
+    if not math.prod(shape):
+        return np.zeros(shape, kind)
+    return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape)
 
-# ---- tokenizers: a row of KINDS turns text into ids and back; Tokenizer is what the rest of the code sees ------
+# ---- tokenizers: a row of KINDS turns text into ids and back; the rest of the code sees Tokenizer ----------
 
 class Bytes:
     """UTF-8 bytes."""
@@ -564,31 +572,34 @@ class Chars(Bytes):
     def __init__(self, alphabet="", file=""):
         self.alphabet, self.vocab_size = alphabet, len(alphabet)
         points = [ord(c) for c in alphabet]
-        self.table = np.full(max(points, default=0) + 2, -1, np.int32)      # code point -> id; the last: any larger
+        # Code point -> id; the last entry stands for all larger ones.
+        self.table = np.full(max(points, default=0) + 2, -1, np.int32)
         self.table[points] = np.arange(len(points))
 
     def encode(self, text):
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = self.table[np.minimum(points, len(self.table) - 1)]
         if len(ids) and ids.min() < 0:
-            raise ValueError(f"character {min(set(text) - set(self.alphabet))!r} is not in the vocabulary of "
-                             f"{self.vocab_size} characters: leave it out, or train with --tokenizer=byte, which knows "
-                             "every character")
+            unknown = min(set(text) - set(self.alphabet))
+            raise ValueError(f"character {unknown!r} is not in the vocabulary of {self.vocab_size} "
+                             "characters: leave it out, or train with --tokenizer=byte, which knows every "
+                             "character")
         return ids
 
     def decode(self, ids):
         return "".join(map(self.alphabet.__getitem__, ids))
 
 def word_end(text):
-    """How many characters of a text give the same tokens whatever follows. No token of the known vocabularies holds a
-    letter or digit and then a space or line end, so that a text can be cut there."""
+    """How many characters of a text give the same tokens whatever follows. No token of the known vocabularies
+    holds a letter or digit and then a space or line end, so that a text can be cut there."""
     for place in (r"(?s).*[^\W_](?=[ \r\n])", r"(?s).*\S(?=\s)", r"(?s).*[^\r]"):
         if cut := re.match(place, text):
             return cut.end()
     return len(text)
 
 class Words(Bytes):
-    """A vocabulary of another library, which takes some 500 bytes per token: so a long text is encoded in parts."""
+    """A vocabulary of another library, which takes some 500 bytes per token: a long text is encoded in
+    parts."""
 
     def encode(self, text):
         ids, at = [], 0
@@ -599,17 +610,20 @@ class Words(Bytes):
         return np.concatenate([*ids, self.merge(text[at:])])
 
 class GPT2(Words):
-    """GPT-2's vocabulary by tiktoken, from tiktoken's own cache; read when first needed: token files do without it."""
+    """GPT-2's vocabulary, from tiktoken's own cache; read when first needed, since token files do without
+    it."""
     vocab_size, eot_id, told = 50257, 50256, False
-    FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",   # name -> sha256
+    # name -> sha256
+    FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
     URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     state = {"sha256": FILES["vocab.bpe"]}
 
     def __init__(self, alphabet="", file="", sha256=state["sha256"]):
         if sha256 != self.state["sha256"]:
+            ours = self.state["sha256"]
             raise ValueError(f"the checkpoint's gpt2 vocabulary ({sha256[:12]}) is not tiktoken's "
-                             f"({self.state['sha256'][:12]}): use the data and the program it was trained with")
+                             f"({ours[:12]}): use the data and the program it was trained with")
 
     @functools.cached_property
     def found(self):
@@ -628,9 +642,9 @@ class GPT2(Words):
 
     def merge(self, text):
         if not self.found:
-            raise ValueError("the gpt2 vocabulary is not in tiktoken's cache: run `python data.py download gpt2` (with a "
-                             "network), or copy the cache of another machine and set TIKTOKEN_CACHE_DIR to it, or choose "
-                             "another --tokenizer")
+            raise ValueError("the gpt2 vocabulary is not in tiktoken's cache: run `python data.py download "
+                             "gpt2` (with a network), or copy the cache of another machine and set "
+                             "TIKTOKEN_CACHE_DIR to it, or choose another --tokenizer")
         return np.array(self.encoding.encode_ordinary(text), np.int32)
 
     def decode(self, ids):
@@ -638,12 +652,12 @@ class GPT2(Words):
             return self.encoding.decode(ids)
         if not self.told:
             self.told = True
-            print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py download gpt2` "
-                  "gets it")
+            print("no gpt2 vocabulary in tiktoken's cache: tokens are shown as numbers; `python data.py "
+                  "download gpt2` gets it")
         return "".join(f"<{i}>" for i in ids)
 
 class World(Bytes):
-    """RWKV World: greedy longest match over bytes, from the published vocabulary file; ids 0 (end of text) to 65535."""
+    """RWKV World: greedy longest match over bytes, by the published file; ids 0 (end of text) to 65535."""
     vocab_size, eot_id = 65536, 0
     NAME = "rwkv_vocab_v20230424.txt"
 
@@ -653,23 +667,26 @@ class World(Bytes):
             places += [str(Path(folder, self.NAME)) for folder in package.submodule_search_locations]
         path = next(filter(os.path.isfile, places), None)
         if not path:
-            raise ValueError(f"no RWKV vocabulary {file or self.NAME}: give it as --tokenizer=rwkv:FILE, or pip install "
-                             "rwkv, which has it")
+            raise ValueError(f"no RWKV vocabulary {file or self.NAME}: give it as --tokenizer=rwkv:FILE, or "
+                             "pip install rwkv, which has it")
         raw = Path(path).read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
         if sha256 and sha256 != digest:
-            raise ValueError(f"{path} ({digest[:12]}) is not the checkpoint's RWKV vocabulary ({sha256[:12]}): give it")
+            raise ValueError(f"{path} ({digest[:12]}) is not the checkpoint's RWKV vocabulary "
+                             f"({sha256[:12]}): give that one")
         self.state = {"file": os.path.abspath(file) if file else "", "sha256": digest}
         self.words = {0: b"<|endoftext|>"}          # id -> bytes
-        self.trie = {}                              # nested dicts: byte -> node, and -1 -> id of the bytes up to here
+        self.trie = {}                              # nested dicts: byte -> node, -1 -> id of the bytes so far
         try:
             for line in raw.decode().strip().split("\n"):
                 self.add(*re.fullmatch(r"(\d+) (.*) (\d+)\s*", line).groups())
         except (ValueError, SyntaxError, TypeError, AttributeError):
-            raise ValueError(f"{path} is no RWKV vocabulary (line {len(self.words)}): give {self.NAME}") from None
+            line = len(self.words)
+            raise ValueError(f"{path} is no RWKV vocabulary (line {line}): give {self.NAME}") from None
         for byte in range(256):
             if -1 not in self.trie.get(byte, {}):
-                raise ValueError(f"{path} is no complete RWKV vocabulary (no token for byte {byte}): give {self.NAME}")
+                raise ValueError(f"{path}, an RWKV vocabulary, has no token for byte {byte}: give "
+                                 f"{self.NAME}")
 
     def add(self, i, literal, length):
         """A line of the file, such as `33 '!' 1`: id, literal of text or bytes, number of bytes."""
@@ -705,14 +722,16 @@ class BPE(Words):
     def __init__(self, alphabet="", file="", json=""):
         import tokenizers
         if not json and not file:
-            raise ValueError("tokenizer='bpe' needs its file: write bpe:FILE.json; `python data.py train-bpe` makes one")
+            raise ValueError("tokenizer='bpe' needs its file: bpe:FILE.json; `python data.py train-bpe` "
+                             "makes one")
         try:
             json = json or Path(file).read_text(encoding="utf-8")
             self.bpe = tokenizers.Tokenizer.from_str(json)
         except OSError as e:
-            raise ValueError(f"tokenizer='bpe:{file}': {e.strerror}; `python data.py train-bpe` makes one") from None
+            raise ValueError(f"bpe:{file}: {e.strerror}; `python data.py train-bpe` makes one") from None
         except Exception as e:                      # from_str raises plain Exception
-            raise ValueError(f"{file or 'the vocabulary'} is no JSON file of the tokenizers library ({e})") from None
+            file = file or "the vocabulary"
+            raise ValueError(f"{file} is no JSON file of the tokenizers library ({e})") from None
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.bpe.encode_special_tokens = True       # <|endoftext|> in a text is text
@@ -729,19 +748,23 @@ class BPE(Words):
 KINDS = {"byte": Bytes, "char": Chars, "gpt2": GPT2, "rwkv": World, "bpe": BPE}
 
 class Tokenizer:
-    """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; `alphabet`: the characters of `char`, in order.
+    """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; alphabet: the characters of `char`, in
+    order.
 
-    encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None; state(), of str
-    only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError says why it cannot be.
+    encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None;
+    state(), of str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError says
+    why not.
     """
 
     def __init__(self, kind, alphabet="", file="", **state):
         self.kind, colon, given = kind.partition(":")
         if self.kind not in KINDS or colon and self.kind not in ("rwkv", "bpe"):
-            raise ValueError(f"tokenizer={kind!r} is unknown: choose one of {', '.join(KINDS)} (also rwkv:FILE, bpe:FILE)")
+            names = ", ".join([*KINDS, "rwkv:FILE", "bpe:FILE"])
+            raise ValueError(f"tokenizer={kind!r} is unknown: choose one of {names}")
         self.alphabet, self.codec = alphabet, KINDS[self.kind](alphabet, given or file, **state)
         self.ids = {c: i for i, c in enumerate(alphabet)}
-        self.vocab_size, self.eot_id, self.encode = self.codec.vocab_size, self.codec.eot_id, self.codec.encode
+        self.vocab_size, self.eot_id = self.codec.vocab_size, self.codec.eot_id
+        self.encode = self.codec.encode
 
     def decode(self, ids):
         """Ids (a mask id, or any past the vocabulary, shows as _) -> str."""
@@ -749,8 +772,8 @@ class Tokenizer:
         return "".join(self.codec.decode(list(run)) if known else "_" * len(list(run)) for known, run in runs)
 
     def characters(self, ids):
-        """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several ids that
-        are one character together the first has it, the others are empty."""
+        """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several
+        ids that are one character together the first has it, the others are empty."""
         ids, cells = list(map(int, ids)), []
         while len(cells) < len(ids):
             rest = ids[len(cells):len(cells) + 4]
@@ -767,8 +790,8 @@ def same_vocabulary(a, b):
     return {**a, "file": ""} == {**b, "file": ""}
 
 def agreed(asked, state, owner):
-    """The tokenizer of `state`, which `owner` (a checkpoint, a folder) goes by. ValueError if `asked`, a Tokenizer or a
-    setting, is another one; "" asks for nothing, `char` for the alphabet that there is."""
+    """The tokenizer of `state`, which `owner` (a checkpoint, a folder) goes by. ValueError if `asked`, a
+    Tokenizer or a setting, is another one; "" asks for nothing, `char` for the alphabet that there is."""
     if isinstance(asked, str):
         kind, _, file = asked.partition(":")
         if kind in ("", state["kind"]) and not (kind == "bpe" and file):
@@ -776,8 +799,8 @@ def agreed(asked, state, owner):
         asked = Tokenizer(asked)
     if not same_vocabulary(asked.state(), state):
         have, want = (f"{s['kind']} {s['alphabet']!r}".removesuffix(" ''") for s in (state, asked.state()))
-        raise ValueError(f"{owner} has another vocabulary ({have}) than was asked for ({want}): leave --tokenizer out, or "
-                         "use data and a checkpoint that go together")
+        raise ValueError(f"{owner} has another vocabulary ({have}) than was asked for ({want}): leave "
+                         "--tokenizer out, or use data and a checkpoint that go together")
     return asked
 
 CONTROLS = dict.fromkeys(range(128, 160), 0xfffd) | {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
@@ -794,19 +817,19 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
     here, hidden = slice(start, start + width), target.masked_fill(masked, tokenizer.vocab_size)
     rows = [tokenizer.characters(ids[here]) for ids in (hidden, target, pred)]
     rows.append(["^" if wrong else " " for wrong in (pred != target)[here]])
-    wide = [max(map(len, column)) for column in zip(*rows)]     # a token of several characters takes a wide column
+    wide = [max(map(len, column)) for column in zip(*rows)]     # a token may show as several characters
     lines = [name + "".join(cell.ljust(w) for cell, w in zip(row, wide))
              for name, row in zip(("  IN ", "  GT ", "  PR ", "     "), rows)]
     marks = lines.pop().rstrip()
     return "\n".join(lines + [marks] if marks else lines)
 
-# ==== training needs nothing below: the commands ==================================================================
+# ==== training needs nothing below: the commands ============================================================
 
 PATTERN = "*.txt,*.md,*.jsonl"
 
 def text_files(data_path, pattern=PATTERN):
-    """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]], which tells
-    whether any of them changed, and the paths of the folder's other files."""
+    """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]],
+    which tells whether any of them changed, and the paths of the folder's other files."""
     if not data_path:
         raise ValueError("--data_path is missing: give a text file, or a folder with texts")
     files, others = [str(data_path)], []
@@ -817,8 +840,8 @@ def text_files(data_path, pattern=PATTERN):
         others = sorted(set(below) - set(files))
     found = [[f, stat.st_size, stat.st_mtime_ns] for f, stat in zip(files, map(os.stat, files))]
     if not any(size for _, size, _ in found):
-        raise ValueError(f"{data_path} holds no text: give a text file that is not empty, or a folder with files like "
-                         f"{pattern} (--pattern chooses others)")
+        raise ValueError(f"{data_path} holds no text: give a text file that is not empty, or a folder with "
+                         f"files like {pattern} (--pattern chooses others)")
     return found, others
 
 def progress(found, what):
@@ -853,7 +876,8 @@ def start_of(path):
         return 3 if f.read(3) == codecs.BOM_UTF8 else 0
 
 def next_start(path, at):
-    """The first place from byte `at` on that is not within a character or a line end; of a .jsonl file, a line."""
+    """The first place from byte `at` on that is not within a character or line end; of a .jsonl file, a
+    line."""
     with open(path, "rb") as f:
         f.seek(at - 1)
         if is_jsonl(path):
@@ -865,8 +889,9 @@ def next_start(path, at):
     return at + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
 
 def pieces(region, offset=0):
-    """A region from byte `offset` on, up to PIECE bytes at a time (of a .jsonl file, a line) -> (offset, bytes, text),
-    cut where it may be tokenized in parts. A line end follows the text of each line of a .jsonl file."""
+    """A region from byte `offset` on, up to PIECE bytes at a time (of a .jsonl file, a line) -> (offset,
+    bytes, text), cut where it may be tokenized in parts. A line end follows the text of each line of a .jsonl
+    file."""
     path, at, end, _ = region
     at = offset or at
     with reading(path, "it must not change while it is read"), open(path, "rb") as f:
@@ -895,12 +920,13 @@ def read_all(found, what):
                 bar.update(n)
 
 def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_000_000, pattern=PATTERN):
-    """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on from its
-    last shard.
+    """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on
+    from its last shard.
 
-    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read whose names
-    fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order mark is left out. After
-    each file of a folder and each text of a .jsonl file comes the end of text, if the tokenizer has one.
+    tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read
+    whose names fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order
+    mark is left out. After each file of a folder and each text of a .jsonl file comes the end of text, if the
+    tokenizer has one.
     """
     if not out:
         raise ValueError("--out is missing: give the folder to write")
@@ -908,7 +934,8 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     if others:
         print(f"left out, since their names do not fit --pattern={pattern}: {first_three(others)}")
     settings = dict(val_share=val_share, shard_tokens=shard_tokens)
-    tok, meta = (go_on if Path(out, "meta.json").exists() else begin)(data_path, tokenizer, out, found, settings)
+    start = go_on if Path(out, "meta.json").exists() else begin
+    tok, meta = start(data_path, tokenizer, out, found, settings)
     before, begun = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter()
     with progress(found, f"{tok.kind} tokens") as bar:
         for split, parts in regions(found, val_share).items():
@@ -918,8 +945,8 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     save_meta(out, meta, done=True)
     train, val = (meta[split]["tokens"] for split in SPLITS)
     speed = (train + val - before) / (time.perf_counter() - begun)
-    print(f"{out}: {train:,} training and {val:,} held-out tokens in {meta['dtype']}, vocabulary {tok.vocab_size:,}, "
-          f"{speed:,.0f} tokens/s; try: python train.py --data_path={out}")
+    print(f"{out}: {train:,} training and {val:,} held-out tokens in {meta['dtype']}, vocabulary "
+          f"{tok.vocab_size:,}, {speed:,.0f} tokens/s; try: python train.py --data_path={out}")
 
 def begin(data_path, tokenizer, out, found, settings):
     """Make the folder `out` with a meta.json that names no shard yet -> Tokenizer, meta."""
@@ -938,11 +965,11 @@ def go_on(data_path, tokenizer, out, found, settings):
     """The same for a folder that was begun, which must be from the same files with the same settings."""
     meta = read_meta(Path(out, "meta.json"), f"delete {out}, or give another --out")
     if meta["source"] != found:
-        raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: delete {out}, or "
-                         "give another --out")
+        raise ValueError(f"{data_path} has changed (name, size or time) since {out} was begun from it: "
+                         f"delete {out}, or give another --out")
     if meta["settings"] != settings:
-        raise ValueError(f"{out} was begun with {meta['settings']}, not {settings}: use those, delete {out}, or give "
-                         "another --out")
+        raise ValueError(f"{out} was begun with {meta['settings']}, not {settings}: use those, delete {out}, "
+                         "or give another --out")
     return agreed(tokenizer, meta["tokenizer"], out), meta
 
 def save_meta(out, meta, **changes):
@@ -950,8 +977,8 @@ def save_meta(out, meta, **changes):
     replace_file(Path(out, "meta.json"), json.dumps(meta).encode())
 
 def write_split(out, split, parts, tok, meta, bar):
-    """Write the shards of one split that are still missing. meta.json names a shard once it is whole, with the
-    place where the next one begins."""
+    """Write the shards of one split that are still missing. meta.json names a shard once it is whole, with
+    the place where the next one begins."""
     mine, full = meta[split], meta["settings"]["shard_tokens"]
     end = [len(parts), 0, 0]
     blocks = tokens_of(parts, tok, mine, bar)
@@ -971,8 +998,9 @@ def write_split(out, split, parts, tok, meta, bar):
     save_meta(out, meta)
 
 def tokens_of(parts, tok, mine, bar):
-    """The tokens of a split piece by piece, from mine["at"] on -> (place, ids), where a place is [region, offset of a
-    piece, tokens of it that were written already]. Once all of a piece is taken, `mine` counts its text."""
+    """The tokens of a split piece by piece, from mine["at"] on -> (place, ids), where a place is [region,
+    offset of a piece, tokens of it that were written already]. Once all of a piece is taken, `mine` counts
+    its text."""
     first, offset, skip = mine["at"]
     bar.update(sum(part.end - part.begin for part in parts[:first]))
     for i, part in itertools.islice(enumerate(parts), first, None):
@@ -993,12 +1021,12 @@ def tokens_of(parts, tok, mine, bar):
         offset = 0
 
 def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_share=0.1, buckets=2048):
-    """Latents without any model: passages of `length` characters of a text (default: Python's standard library), their
-    hashed n-grams, and the `dim` principal components of those -> folder `out` with texts, latents and tokens. The
-    last val_share of the text is held out."""
+    """Latents without any model: passages of `length` characters of a text (default: Python's standard
+    library), their hashed n-grams, and the `dim` principal components of those -> folder `out` with texts,
+    latents and tokens. The last val_share of the text is held out."""
     if not out or buckets < dim:
-        raise ValueError(f"out={out!r}, dim={dim}, buckets={buckets}: give the folder to write as --out, and as many "
-                         "buckets as latents")
+        raise ValueError(f"out={out!r}, dim={dim}, buckets={buckets}: give the folder to write as --out, and "
+                         "at least as many buckets as latents")
     os.makedirs(out, exist_ok=True)
     if not data_path:
         data_path = str(Path(out, "text.txt"))
@@ -1012,11 +1040,11 @@ def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_shar
     tokenize(out, tokenizer, length)
 
 def project(data_path="", out="", dim=32):
-    """Vectors of many dimensions (a text embedder's 1024) in this layout -> the same texts with `dim` principal
-    components of them in folder `out`. The components are fitted on the training split alone."""
+    """Vectors of many dimensions (a text embedder's 1024) in this layout -> the same texts with `dim`
+    principal components of them in folder `out`. The components are fitted on the training split alone."""
     if not out or os.path.realpath(out) == os.path.realpath(data_path):
-        raise ValueError(f"data_path={data_path!r}, out={out!r}: give the folder to read, and another one to write as "
-                         "--out")
+        raise ValueError(f"data_path={data_path!r}, out={out!r}: give the folder to read, and another --out "
+                         "to write")
 
     def chunks(split):
         entries = read_entries(data_path, split)
@@ -1024,12 +1052,13 @@ def project(data_path="", out="", dim=32):
         for i in range(0, len(entries), SHARD):
             yield [entry["text"] for entry in entries[i:i + SHARD]], vectors[i:i + SHARD]
     projection, counts = write_latents(out, dim, chunks)
-    print(f"{out}: {counts[0]:,} training and {counts[1]:,} validation texts, {len(projection.mean)} dimensions to "
-          f"{dim}; try: python data.py tokenize --data_path={out}")
+    print(f"{out}: {counts[0]:,} training and {counts[1]:,} validation texts, {len(projection.mean)} "
+          f"dimensions to {dim}; try: python data.py tokenize --data_path={out}")
 
 def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=True):
-    """The texts of a folder in this layout -> token files beside them (at most max_length tokens of each). Nothing is
-    downloaded unless local_files_only=0 allows it, and then only a vocabulary that is not on the machine."""
+    """The texts of a folder in this layout -> token files beside them (at most max_length tokens of each).
+    Nothing is downloaded unless local_files_only=0 allows it, and then only a vocabulary that is not on the
+    machine."""
     if tokenizer == "gpt2" and not local_files_only:
         download("gpt2")
     texts = {split: [entry["text"] for entry in read_entries(data_path, split)] for split in PAIRS}
@@ -1048,8 +1077,8 @@ def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=Tr
                 x[:len(row)], m[:len(row)] = row, True
             save_arrays(folder / f"{i:06d}.npz", input_ids=ids, attention_mask=mask)
     replace_file(Path(data_path, "tokenizer.json"), json.dumps(tok.state()).encode())
-    print(f"{data_path}: {len(texts['train']):,} + {len(texts['validation']):,} texts of at most {max_length} "
-          f"{tok.kind} tokens, vocabulary {tok.vocab_size:,}")
+    print(f"{data_path}: {len(texts['train']):,} + {len(texts['validation']):,} texts of at most "
+          f"{max_length} {tok.kind} tokens, vocabulary {tok.vocab_size:,}")
 
 def in_chunks(items, n=SHARD):
     """Lists of n items, the last one shorter."""
@@ -1058,7 +1087,7 @@ def in_chunks(items, n=SHARD):
         yield chunk
 
 def passages(parts, length):
-    """Regions -> the texts in them, each of `length` characters; what is left at the end of a region is dropped."""
+    """Regions -> texts of `length` characters in them; what is left at the end of a region is dropped."""
     for region in parts:
         rest = ""
         for *_, text in pieces(region):
@@ -1068,8 +1097,8 @@ def passages(parts, length):
             rest = rest[cut:]
 
 def ngrams(texts, buckets):
-    """Texts -> (n,buckets) float32: how often words and runs of 2 to 4 characters occur, hashed, as log(1 + count),
-    each row of length 1."""
+    """Texts -> (n,buckets) float32: how often words and runs of 2 to 4 characters occur, hashed, as log(1 +
+    count), each row of length 1."""
     out = np.zeros((len(texts), buckets), np.float32)
     for row, text in zip(out, texts):
         low = f" {' '.join(text.lower().split())} "
@@ -1079,21 +1108,20 @@ def ngrams(texts, buckets):
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
 def fit_projection(chunks, dim):
-    """Chunks (n,F) of a training set, read once, in any number -> its Projection to `dim` latents. ValueError if it
-    has fewer."""
+    """Chunks (n,F) of a training set -> its Projection to `dim` latents. ValueError if it has fewer."""
     n, first, second = 0, 0.0, 0.0
     for x in chunks:
         x = np.asarray(x, np.float64)
         n, first, second = n + len(x), first + x.sum(0), second + x.T @ x
     if n <= dim or np.size(first) < dim:
-        raise ValueError(f"dim={dim} latents from {n} vectors of {np.size(first)} features: give more texts, or a "
-                         "smaller --dim")
+        raise ValueError(f"dim={dim} latents from {n} vectors of {np.size(first)} features: give more texts "
+                         "or a smaller --dim")
     mean = first / n
     values, vectors = np.linalg.eigh(second / n - np.outer(mean, mean))
     values, vectors = values[::-1][:dim], vectors[:, ::-1][:, :dim]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(dim)])     # they have no sign of their own
+    signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(dim)])     # eigenvectors have none
     scale = np.float32(max(values.mean(), 1e-12) ** 0.5)
-    return Projection(mean.astype(np.float32), vectors.astype(np.float32), scale)
+    return Projection(mean.astype(np.float32), (vectors * signs).astype(np.float32), scale)
 
 def write_latents(out, dim, chunks):
     """chunks(split) -> (texts, vectors (n,F)), chunk by chunk. Writes to `out` the texts with `dim` principal
@@ -1126,33 +1154,37 @@ def save_arrays(path, **arrays):
     replace_file(path, content.getbuffer())
 
 def train_bpe(data_path="", vocab_size=4096, out=""):
-    """Byte-level BPE (any text comes back as it was), trained by the tokenizers library; <|endoftext|> is id 0."""
+    """Byte-level BPE (any text comes back as it was) of the tokenizers library; <|endoftext|> is id 0."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
     if vocab_size < 257 or not out:
-        raise ValueError(f"vocab_size={vocab_size}, out={out!r}: give at least 257 (the bytes and the end of text), and "
-                         "the file to write as --out")
+        raise ValueError(f"vocab_size={vocab_size}, out={out!r}: give at least 257 (the bytes and the end of "
+                         "text), and the file to write as --out")
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(read_all(text_files(data_path)[0], "words"), trainer)
     replace_file(out, bpe.to_str().encode())
-    print(f"{out}: {bpe.get_vocab_size()} tokens; try: python train.py --data_path={data_path} --tokenizer=bpe:{out}")
+    print(f"{out}: {bpe.get_vocab_size()} tokens; try: python train.py --data_path={data_path} "
+          f"--tokenizer=bpe:{out}")
 
 DOWNLOADS = {   # name -> address, size and sha256 of what is fetched, size of the text
-    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
+    "shakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
     "text8": ("https://mattmahoney.net/dc/text8.zip",
               31_344_016, "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232", 100_000_000)}
 
 def download(name="", out=""):
-    """Fetch a text, check it, and write it to `out` (NAME.txt); or gpt2, the vocabulary, to tiktoken's cache."""
+    """Fetch a text, check it, write it to `out` (NAME.txt); or gpt2, the vocabulary, to tiktoken's cache."""
     if name == "gpt2":
         try:
             return print(f"gpt2: {GPT2().encoding.n_vocab} tokens, in tiktoken's cache")
         except Exception as e:                      # whatever its HTTP library raises
-            raise ValueError(f"cannot fetch the gpt2 vocabulary ({type(e).__name__}): is there a network?") from None
+            raise ValueError(f"cannot fetch gpt2's vocabulary ({type(e).__name__}): is there a "
+                             "network?") from None
     if name not in DOWNLOADS:
         raise ValueError(f"download {name!r} is unknown: choose one of {', '.join([*DOWNLOADS, 'gpt2'])}")
     address, size, digest, text_size = DOWNLOADS[name]
@@ -1175,12 +1207,13 @@ def fetch(name, address, size, digest):
                 got += block
                 bar.update(len(block))
     except OSError as e:
-        raise ValueError(f"cannot fetch {address} ({getattr(e, 'reason', e)}): is there a network? Or fetch it "
+        why = getattr(e, "reason", e)
+        raise ValueError(f"cannot fetch {address} ({why}): is there a network? Or fetch it "
                          "elsewhere") from None
     if len(got) != size or hashlib.sha256(got).hexdigest() != digest:
         more = " or more" if len(got) > size else ""
-        raise ValueError(f"{address} gave {len(got)} bytes{more}, not the {size} with the sha256 expected: try again "
-                         "later")
+        raise ValueError(f"{address} gave {len(got)} bytes{more}, not the {size} with the sha256 expected: "
+                         "try again later")
     return bytes(got)
 
 COMMANDS = {"prepare": prepare, "train-bpe": train_bpe, "latents": latents, "project": project,
