@@ -2,12 +2,12 @@
 
 A source (TextSource, TaskSource, or PairSource for texts with latents) has a `tokenizer` and two methods:
 train_rows(step, B, lo, hi, seed), rows lo..hi of the global batch of B, and eval_rows(n, seed), rows of the
-held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, lengths (n,) or None where all
-rows are full, and of a PairSource latents (n,D). A row depends on nothing but the seed, the step and its place
-in the global batch, so accumulation, several processes and a resumed run all see the same data.
+held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, lengths (n,) or None where
+all rows are full, and of a PairSource latents (n,D). A row depends on nothing but the seed, the step and its
+place in the global batch, so accumulation, several processes and a resumed run all see the same data.
 
     python data.py prepare --data_path=TEXT --tokenizer=byte --out=FOLDER   files, any size, to token files
-    python data.py train-bpe --data_path=TEXT --vocab_size=4096 --out=FILE.json   for --tokenizer=bpe:FILE.json
+    python data.py train-bpe --data_path=TEXT --vocab_size=4096 --out=X.json    for --tokenizer=bpe:X.json
     python data.py latents --data_path=TEXT --out=FOLDER           texts with 32 latents each, without a model
     python data.py project --data_path=FOLDER --out=FOLDER2        an embedder's 1024 dimensions to 32 latents
     python data.py tokenize --data_path=FOLDER2 --tokenizer=byte   their tokens
@@ -345,12 +345,10 @@ def check_ids(name, ids, V, at=0):
     """ValueError if one of the ids, the first of which is number `at` of `name`, is not below V."""
     if ids.size and ids.max() >= V:
         raise ValueError(f"{name}: token id {ids.max()} at position {at + int(ids.argmax())} is past the "
-                         f"vocabulary of {V}: give the tokenizer that the file was made with, or a larger "
-                         "--vocab_size")
+                         f"vocabulary of {V}: give the tokenizer it was made with, or a larger --vocab_size")
 
 class Tokens:
-    """Arrays of ids (files in memory maps) read as one: positions (n,T) int64 -> ids (n,T) int64, all below
-    V."""
+    """Arrays of ids (files in memory maps) read as one: positions (n,T) -> ids (n,T) int64, all below V."""
 
     def __init__(self, parts, V):
         self.parts, self.V = parts, V
@@ -388,8 +386,8 @@ def read_bins(pattern, V, raw):
             raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version "
                              f"{VERSION} and the {(size - 1024) / 2:g} that the file holds: copy it again")
         if not modded and (not raw or other_header or size % 2 or not size):
-            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] as "
-                             "modded-nanogpt's; for bare uint16 ids (nanoGPT) name their --tokenizer; for "
+            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] "
+                             "(modded-nanogpt); for bare uint16 ids (nanoGPT) name their --tokenizer; for "
                              "text use --data_path")
         parts.append(np.memmap(f, "<u2", "r", offset=1024 if modded else 0))
         for at in range(0, len(parts[-1]), 1 << 24):        # a file may be larger than memory
@@ -469,8 +467,7 @@ def read_entries(folder, split):
     """The entries of FOLDER/SPLIT_data.json, a list of {"text": ..., "latent_path": ...}."""
     file = Path(folder, f"{split}_data.json")
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}` "
-                         "makes it")
+        raise ValueError(f"{file} does not exist: `python data.py latents --data_path=TEXT --out={folder}`")
     with reading(file, "make it again"):
         entries = json.loads(file.read_text(encoding="utf-8-sig"))
     for entry in entries if isinstance(entries, list) else [None]:
@@ -492,8 +489,7 @@ def read_vectors(folder, entries, skip_missing=False, optional=False):
     if not there.all() and not skip_missing:
         lacking = [str(paths[i] or f"entry {i} has no latent_path") for i in np.flatnonzero(~there)]
         raise ValueError(f"{len(lacking)} of {len(paths)} entries have no latent file "
-                         f"({first_three(lacking)}): make them, or leave those texts out with "
-                         "--skip_missing=1")
+                         f"({first_three(lacking)}): make them, or leave the texts out: --skip_missing=1")
     vectors = np.zeros((len(paths), 0), np.float32)
     for i, path in enumerate(paths):
         if not path or not there[i]:
@@ -502,8 +498,7 @@ def read_vectors(folder, entries, skip_missing=False, optional=False):
         if not vectors.size and v.ndim == 1:
             vectors = temp_array((len(paths), len(v)), np.float32)
         if v.shape != vectors.shape[1:]:
-            raise ValueError(f"{path} has shape {v.shape}, those before {vectors.shape[1:]}: give one "
-                             "dimension")
+            raise ValueError(f"{path} has shape {v.shape}, others {vectors.shape[1:]}: give one dimension")
         if not np.isfinite(v).all():
             raise ValueError(f"{path} holds NaN or infinite numbers: make it again")
         vectors[i] = v
@@ -582,8 +577,7 @@ class Chars(Bytes):
         if len(ids) and ids.min() < 0:
             unknown = min(set(text) - set(self.alphabet))
             raise ValueError(f"character {unknown!r} is not in the vocabulary of {self.vocab_size} "
-                             "characters: leave it out, or train with --tokenizer=byte, which knows every "
-                             "character")
+                             "characters: leave it out, or train with --tokenizer=byte, which knows all")
         return ids
 
     def decode(self, ids):
@@ -598,8 +592,7 @@ def word_end(text):
     return len(text)
 
 class Words(Bytes):
-    """A vocabulary of another library, which takes some 500 bytes per token: a long text is encoded in
-    parts."""
+    """A vocabulary of another library, which takes 500 bytes per token: a long text is encoded in parts."""
 
     def encode(self, text):
         ids, at = [], 0
@@ -610,8 +603,7 @@ class Words(Bytes):
         return np.concatenate([*ids, self.merge(text[at:])])
 
 class GPT2(Words):
-    """GPT-2's vocabulary, from tiktoken's own cache; read when first needed, since token files do without
-    it."""
+    """GPT-2's vocabulary, from tiktoken's own cache; read when first needed."""
     vocab_size, eot_id, told = 50257, 50256, False
     # name -> sha256
     FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -685,13 +677,12 @@ class World(Bytes):
             raise ValueError(f"{path} is no RWKV vocabulary (line {line}): give {self.NAME}") from None
         for byte in range(256):
             if -1 not in self.trie.get(byte, {}):
-                raise ValueError(f"{path}, an RWKV vocabulary, has no token for byte {byte}: give "
-                                 f"{self.NAME}")
+                raise ValueError(f"{path}, of RWKV, has no token for byte {byte}: take {self.NAME}")
 
     def add(self, i, literal, length):
         """A line of the file, such as `33 '!' 1`: id, literal of text or bytes, number of bytes."""
         i, word, node = int(i), ast.literal_eval(literal.strip()), self.trie
-        word = word.encode() if isinstance(word, str) else bytes(word)
+        word = word.encode() if isinstance(word, str) else word
         if len(word) != int(length) or not word or not 0 < i < self.vocab_size:
             raise ValueError(i)
         for byte in word:
@@ -722,8 +713,8 @@ class BPE(Words):
     def __init__(self, alphabet="", file="", json=""):
         import tokenizers
         if not json and not file:
-            raise ValueError("tokenizer='bpe' needs its file: bpe:FILE.json; `python data.py train-bpe` "
-                             "makes one")
+            raise ValueError("tokenizer='bpe' needs a file, bpe:FILE.json, made by `python data.py "
+                             "train-bpe`")
         try:
             json = json or Path(file).read_text(encoding="utf-8")
             self.bpe = tokenizers.Tokenizer.from_str(json)
@@ -748,12 +739,10 @@ class BPE(Words):
 KINDS = {"byte": Bytes, "char": Chars, "gpt2": GPT2, "rwkv": World, "bpe": BPE}
 
 class Tokenizer:
-    """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; alphabet: the characters of `char`, in
-    order.
+    """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; alphabet: the characters of `char`.
 
     encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None;
-    state(), of str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError says
-    why not.
+    state(), of str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError.
     """
 
     def __init__(self, kind, alphabet="", file="", **state):
@@ -876,8 +865,7 @@ def start_of(path):
         return 3 if f.read(3) == codecs.BOM_UTF8 else 0
 
 def next_start(path, at):
-    """The first place from byte `at` on that is not within a character or line end; of a .jsonl file, a
-    line."""
+    """The first place from byte `at` on that is not within a character or line end, or a .jsonl line."""
     with open(path, "rb") as f:
         f.seek(at - 1)
         if is_jsonl(path):
@@ -889,9 +877,8 @@ def next_start(path, at):
     return at + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
 
 def pieces(region, offset=0):
-    """A region from byte `offset` on, up to PIECE bytes at a time (of a .jsonl file, a line) -> (offset,
-    bytes, text), cut where it may be tokenized in parts. A line end follows the text of each line of a .jsonl
-    file."""
+    """A region from byte `offset` on, up to PIECE bytes at a time (a line of a .jsonl file) -> (offset,
+    bytes, text), cut where it may be tokenized in parts. A line end follows the text of each .jsonl line."""
     path, at, end, _ = region
     at = offset or at
     with reading(path, "it must not change while it is read"), open(path, "rb") as f:
@@ -920,8 +907,8 @@ def read_all(found, what):
                 bar.update(n)
 
 def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_000_000, pattern=PATTERN):
-    """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. Stopped, it goes on
-    from its last shard.
+    """Text of any size -> folder `out` of token shards and meta.json, in bounded memory. If stopped, it goes
+    on from its last shard.
 
     tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read
     whose names fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order
@@ -999,8 +986,7 @@ def write_split(out, split, parts, tok, meta, bar):
 
 def tokens_of(parts, tok, mine, bar):
     """The tokens of a split piece by piece, from mine["at"] on -> (place, ids), where a place is [region,
-    offset of a piece, tokens of it that were written already]. Once all of a piece is taken, `mine` counts
-    its text."""
+    offset of a piece, tokens of it written already]. Once all of a piece is taken, `mine` counts its text."""
     first, offset, skip = mine["at"]
     bar.update(sum(part.end - part.begin for part in parts[:first]))
     for i, part in itertools.islice(enumerate(parts), first, None):
@@ -1017,7 +1003,7 @@ def tokens_of(parts, tok, mine, bar):
             mine["chars"] += len(text)
             mine["bytes"] += len(text.encode())
             bar.update(n)
-            skip = 0
+            skip = max(0, skip - len(ids))
         offset = 0
 
 def latents(data_path="", out="", dim=32, length=128, tokenizer="byte", val_share=0.1, buckets=2048):
@@ -1043,8 +1029,7 @@ def project(data_path="", out="", dim=32):
     """Vectors of many dimensions (a text embedder's 1024) in this layout -> the same texts with `dim`
     principal components of them in folder `out`. The components are fitted on the training split alone."""
     if not out or os.path.realpath(out) == os.path.realpath(data_path):
-        raise ValueError(f"data_path={data_path!r}, out={out!r}: give the folder to read, and another --out "
-                         "to write")
+        raise ValueError(f"data_path={data_path!r}, out={out!r}: give the folder to read, and another --out")
 
     def chunks(split):
         entries = read_entries(data_path, split)
@@ -1057,8 +1042,7 @@ def project(data_path="", out="", dim=32):
 
 def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=True):
     """The texts of a folder in this layout -> token files beside them (at most max_length tokens of each).
-    Nothing is downloaded unless local_files_only=0 allows it, and then only a vocabulary that is not on the
-    machine."""
+    Nothing is downloaded unless local_files_only=0 allows it, and then only a vocabulary."""
     if tokenizer == "gpt2" and not local_files_only:
         download("gpt2")
     texts = {split: [entry["text"] for entry in read_entries(data_path, split)] for split in PAIRS}
