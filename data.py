@@ -165,8 +165,8 @@ class PairSource:
         self.latent_dim = train.z.shape[1]
         if val.z.shape[1] != self.latent_dim or not len(train.use) or not len(val.use):
             raise ValueError(f"{folder}: {len(train.use)} training texts with latents of {self.latent_dim} "
-                             f"numbers, {len(val.use)} for validation with {val.z.shape[1]}: both need "
-                             "texts, and equal latents")
+                             f"dimensions, {len(val.use)} for validation with {val.z.shape[1]}: both must "
+                             "have texts, and latents of one dimension")
         file = Path(folder, "projection.npz")
         self.projection = load_array(file, Projection._fields) if file.is_file() and use_latents else None
 
@@ -1167,8 +1167,8 @@ def download(name="", out=""):
         try:
             return print(f"gpt2: {GPT2().encoding.n_vocab} tokens, in tiktoken's cache")
         except Exception as e:                      # whatever its HTTP library raises
-            raise ValueError(f"cannot fetch gpt2's vocabulary ({type(e).__name__}): is there a "
-                             "network?") from None
+            why = type(e).__name__
+            raise ValueError(f"cannot fetch the gpt2 vocabulary ({why}): is there a network?") from None
     if name not in DOWNLOADS:
         raise ValueError(f"download {name!r} is unknown: choose one of {', '.join([*DOWNLOADS, 'gpt2'])}")
     address, size, digest, text_size = DOWNLOADS[name]
@@ -1192,8 +1192,7 @@ def fetch(name, address, size, digest):
                 bar.update(len(block))
     except OSError as e:
         why = getattr(e, "reason", e)
-        raise ValueError(f"cannot fetch {address} ({why}): is there a network? Or fetch it "
-                         "elsewhere") from None
+        raise ValueError(f"cannot fetch {address} ({why}): is there a network? Or copy the file") from None
     if len(got) != size or hashlib.sha256(got).hexdigest() != digest:
         more = " or more" if len(got) > size else ""
         raise ValueError(f"{address} gave {len(got)} bytes{more}, not the {size} with the sha256 expected: "
