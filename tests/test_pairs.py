@@ -45,8 +45,8 @@ def test_latents_from_any_text(text, tmp_path, capsys):
     whole = open(text).read()
     assert "".join(e["text"] for e in train) == whole[:64 * len(train)] and all(len(e["text"]) == 64 for e in held)
     assert len(held) == pytest.approx(len(train) / 9, rel=0.05)
-    kept, vectors, lacking = data.read_vectors(out, train)
-    assert kept == train and vectors.shape == (len(train), 8) and lacking == 0
+    vectors, there = data.read_vectors(out, train)
+    assert there.all() and vectors.shape == (len(train), 8)
     projection = data.Projection(*data.load_array(out / "projection.npz", ("mean", "components", "scale")))
     assert np.allclose(projection(data.ngrams([e["text"] for e in train[:9]], 256)), vectors[:9], atol=1e-5)
     ids, mask = data.load_array(out / "train/000000.npz", ("input_ids", "attention_mask"))
@@ -57,7 +57,7 @@ def test_latents_from_any_text(text, tmp_path, capsys):
     ids, mask = data.load_array(out / "train/000000.npz", ("input_ids", "attention_mask"))
     assert ids.shape == (len(train), 70) and mask.sum(1).tolist() == [len(e["text"].encode()) for e in train]
     assert data.main(["project", f"--data_path={out}", f"--out={tmp_path / 'small'}", "--dim=3"]) == 0
-    _, small, _ = data.read_vectors(tmp_path / "small", data.read_entries(tmp_path / "small", "train"))
+    small, _ = data.read_vectors(tmp_path / "small", data.read_entries(tmp_path / "small", "train"))
     assert small.shape == (len(train), 3)
     again = data.fit_projection([vectors], 3)
     assert np.allclose(small, again(vectors), atol=1e-4)
@@ -84,8 +84,8 @@ def test_what_is_refused(text, tmp_path, capsys):
     at(1).unlink()
     at(2).unlink()
     refused(f"2 of {len(entries)} entries have no latent file", "000001.npy", "--skip_missing=1")
-    kept, vectors, lacking = data.read_vectors(out, entries, skip_missing=True)
-    assert len(kept) == len(vectors) == len(entries) - 2 and lacking == 2
+    vectors, there = data.read_vectors(out, entries, skip_missing=True)
+    assert len(vectors[there]) == there.sum() == len(entries) - 2
     (tmp_path / "cut.npz").write_bytes((out / "train/000000.npz").read_bytes()[:100])
     for call, words in ((lambda: data.load_array(tmp_path / "cut.npz", ("input_ids",)), "truncated"),
                         (lambda: data.load_array(out / "train/000000.npz", ("tokens",)), "must hold tokens"),
