@@ -98,74 +98,6 @@ compile = False             # the network through torch.compile, worth its minut
 shard = False               # torchrun: parameters, gradients and optimizer states in pieces over the processes (FSDP2), where one cannot hold them
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn="original", the Newton-Schulz iterations of all matrices of one shape as batched products: the same
-    update in half the time, where matrices are small and many. Parameters in pieces (FSDP) take torch's own way."""
-
-    @torch.no_grad()
-    def step(self):
-        if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
-            return super().step()
-        for group in self.param_groups:
-            params, grads, means, alike = [], [], [], {}
-            self._init_group(group, params, grads, means)
-            if not params:                             # none of them learns at present
-                continue
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
-                tall = p.shape[0] > p.shape[1]         # tall ones lie down
-                alike.setdefault(tuple(sorted(p.shape)), []).append((p.mT if tall else p, update.mT if tall else update, p.shape[0] / p.shape[1]))
-            for shape, some in alike.items():
-                n = max(1, 2**24 // math.prod(shape))  # large ones fill the machine by themselves
-                for part in (some[i:i + n] for i in range(0, len(some), n)):
-                    for (p, _, ratio), update in zip(part, self.orthogonal([update for _, update, _ in part], group)):
-                        p.add_(update, alpha=-group["lr"] * max(1, ratio) ** 0.5)
-
-    def orthogonal(self, updates, group):
-        """Matrices of one shape, none of them tall -> (n, rows, columns), near their nearest semi-orthogonal ones."""
-        x = torch.stack(updates)
-        x = x.bfloat16() if muon_in_bf16(x.device) else x.float()
-        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        a, b, c = group["ns_coefficients"]
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x
-
-
-def muon_in_bf16(device):
-    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step where bfloat16 is
-    fast: else rounding grows until one process and two are no longer the same run."""
-    return device.type != "cpu" and nets.fast_bf16(device)
-
-
-def muon_rows(model):
-    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate for each kind of parameter."""
-    rates = dict(emb=wte_lr, head=head_lr, norm=ln_lr, scalar=lambda_lr, vector=adam_lr)
-    groups = {}
-    for _, p, kind, scale, _ in nets.parameter_kinds(model):
-        groups.setdefault((kind, scale), []).append(p)
-    matrices = groups.pop(("matrix", 1.0))
-    adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
-    return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
-            Muon(matrices, lr=muon_lr, weight_decay=0.0)]
-
-
-def adamw_rows(model):
-    """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
-    groups = {}
-    for name, p, _, scale, decayed in nets.parameter_kinds(model):
-        decayed = decayed and not (freeze_backbone and name == "emb.weight")       # its tokens' rows must stay as they are
-        groups.setdefault((scale, decayed), []).append(p)
-    return [torch.optim.AdamW([dict(params=ps, lr=learning_rate * scale, weight_decay=weight_decay * decayed)
-                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18, fused=True)]
-
-
-OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
-
-
 def defaults_for(cfg):
     """Defaults that depend on other settings: a task's small published sizes, so that the main job takes about a minute; and
     where a run goes on from or evaluates a checkpoint of ours, the settings that it was trained with."""
@@ -690,7 +622,7 @@ def main(cfg):
         for part in dict.fromkeys([learner, holder]):          # in one order on every process
             split(part)
     trained = parallel()
-    optimizers = OPTIMIZERS[optimizer](model)
+    optimizers = nets.OPTIMIZERS[optimizer](model, cfg)
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     if resumed:
         changed = [k for k in ("optimizer", "freeze_backbone", *nets.ModelConfig.__dataclass_fields__)
@@ -887,6 +819,6 @@ if __name__ == "__main__":
     with one_line_errors("no checkpoint was written since the last one that was announced"):
         main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for,
                        show=os.environ.get("RANK", "0") == "0",
-                       choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
+                       choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=nets.OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
                                     wkv_impl=wkv_cuda.BACK_ENDS)))
     on_stop(signal.SIG_IGN)                # all is done and written: nothing to stop any more

@@ -251,8 +251,8 @@ def test_impossible_networks(change, words):
 ROWS = """
 import runpy, sys, torch, model
 class Half(model.RWKV7):
-    def forward(self, x, state, shared):
-        y, *rest = super().forward(x, state, shared)
+    def forward(self, x, state, seq, carry):
+        y, *rest = super().forward(x, state, seq, carry)
         return y / 2, *rest
 class Mean(model.AddFusion):
     def forward(self, f, b):

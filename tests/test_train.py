@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import model
-import train
 from conftest import ROOT, kill_after, ok
 
 TINY = dict(STRUCT_TASK=1, STRUCT_LEN=2, DW_JRT=1, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=6, EVAL_INTERVAL=3, STRUCT_EVAL_N=10,
@@ -57,18 +56,18 @@ def test_resume_is_bit_exact(run, tmp_path, optimizer):
 @pytest.mark.parametrize("half", [True, False])
 def test_batched_muon_is_torchs_muon(half, monkeypatch):
     """The same steps on tall, wide and square matrices, one of them without a gradient at first, and states that either can go on from."""
-    monkeypatch.setattr(train, "muon_in_bf16", lambda device: half)
+    monkeypatch.setattr(model, "muon_in_bf16", lambda device: half)
     shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16), (16, 48), (1, 16)]
     options = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
     g = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     ours[0].requires_grad_(False), theirs[0].requires_grad_(False)
-    a, b = train.Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    a, b = model.Muon(ours, **options), torch.optim.Muon(theirs, **options)
     a.step()                                       # nothing learns: nothing happens
     assert all((p == 1).all() for p in ours) and not a.state
     for step in range(4):
         if step == 3:                              # each goes on from what the other has saved
-            a, b, states = train.Muon(ours, **options), torch.optim.Muon(theirs, **options), (a.state_dict(), b.state_dict())
+            a, b, states = model.Muon(ours, **options), torch.optim.Muon(theirs, **options), (a.state_dict(), b.state_dict())
             a.load_state_dict(states[1]), b.load_state_dict(states[0])
         for i, (p, q) in enumerate(zip(ours, theirs)):
             if i or step > 1:
