@@ -1,4 +1,4 @@
-"""The network: a Block, its mixers, directions, DW-JRT, conditioning; initialisation, optimizers, checkpoints.
+"""The network: a block, its mixers, DW-JRT, noise levels and latents; then optimizers, checkpoints, the machine.
 
 B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; t is the noise level, in (0, 1].
 """
@@ -73,57 +73,58 @@ class Carry(NamedTuple):
     v_first: Optional[Tensor] = None       # (B,T,C), the first RWKV-7 layer's values, for the value residual
     v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of its backward scan
     seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, one per block
-    view: Optional["View"] = None          # the first attention layer's rotations and mask
+    view: Optional["View"] = None          # rotations and mask of the first attention layer
+
+
+class Output(NamedTuple):
+    logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
+    hidden: Tensor             # (B,T,C), after the last norm
+    latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
+    vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
+    state: list                # a LayerState per layer, after the last token
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """The rows of one pass through the network: the same for all layers, never changed. Blocks are counted in tokens."""
+    """The rows of one pass: the same for all layers, never changed. Block sizes are in tokens."""
     B: int
     T: int
-    device: torch.device
-    back_block: int                    # the backward scan stays inside blocks of this size; 0 = there is none
-    seen_block: int                    # attention: a token sees its own block of this size and those before; 1 = causal
-    seed_block: int                    # DW-JRT seeds each block of this size; 0 = it seeds none
-    clean: bool                        # a pass of finished text: the forward scan alone
-    every: Optional[int]               # keep the states at 0, every, 2 * every, ...
-    time: Optional[Tensor]             # (B,1,C) or (B,T,C), the embedded noise level
-    valid: Optional[Tensor]            # (B,T) bool: tokens that are not padding; None = all
-    back_valid: Optional[Tensor]       # the same for the rows of `reverse`
-    last_at: Optional[Tensor]          # (B,) index in (B*T) of each row's last token; None = the row's end
-    padded_left: bool                  # may have padding before the text, too
+    back_block: int               # the backward scan stays inside such blocks; 0 = there is none
+    seen_block: int               # attention: a token sees its own block and those before; 1 = causal
+    seed_block: int               # DW-JRT: each such block starts from a seed; 0 = no seeds
+    clean: bool                   # finished text: the forward scan alone
+    every: Optional[int]          # keep the states at 0, every, 2 * every, ...
+    time: Optional[Tensor]        # (B,1,C) or (B,T,C), the embedded noise level
+    valid: Optional[Tensor]       # (B,T) bool, tokens that are not padding; None = all
+    back_valid: Optional[Tensor]  # the same for the rows of `reverse`
+    last_at: Optional[Tensor]     # (B,) index in B * T of each row's last token; None = the row's end
+    padded_left: bool             # may have padding before the text, too
 
     @classmethod
-    def of(cls, x, cfg, time=None, lengths=None, clean=False, every=None, has_latent=None):
-        """x (B,T,C) with the latents' prefix if has_latent (B,) is given: rows without one have padding in its place."""
-        (B, T), device, way = x.shape[:2], x.device, direction(cfg)
+    def of(cls, x, cfg, time, lengths, clean, every, has_latent):
+        """x (B,T,C); has_latent (B,) or None: x begins with a prefix, padding in rows without a latent."""
+        (B, T), way = x.shape[:2], direction(cfg)
         block = {"causal": 0, "bidirectional": T}.get(way, min(cfg.block_size, T))
-        seen = block
-        if clean:
-            seen = every or cfg.block_size
-        if way == "causal":
-            seen = 1
-        at, valid, last_at, back_valid = torch.arange(T, device=device), None, None, None
+        seen = (every or cfg.block_size) if clean else block
+        seed = (block or T) if cfg.dw_jrt and not clean else 0
+        valid, back_valid, last_at = real_tokens(x, lengths), None, None
         if lengths is not None:
-            valid = at < lengths[:, None]
-            last_at = torch.arange(0, B * T, T, device=device) + lengths - 1
+            last_at = torch.arange(B, device=x.device) * T + lengths - 1
         if has_latent is not None:
-            here = has_latent[:, None] | (at >= cfg.latent_prefix_len)
+            here = has_latent[:, None] | (torch.arange(T, device=x.device) >= cfg.latent_prefix_len)
             valid = here if valid is None else here & valid
         if block and (valid is not None or T % block):
-            real = torch.ones(B, T, device=device) if valid is None else valid.float()
-            back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1).bool()
-        seeded = cfg.dw_jrt and not clean
-        return cls(B, T, device, block, seen, (block or T) if seeded else 0, clean, every, time, valid, back_valid,
+            real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
+            back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
+        return cls(B, T, block, 1 if way == "causal" else seen, seed, clean, every, time, valid, back_valid,
                    last_at, has_latent is not None)
 
     def last(self, x, before):
-        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` the one before each
-        block, (B * blocks, C). before (B,C) or None: the one before x."""
+        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` the ones before
+        each block (B * blocks, C). before: the one before x, (B,C) or None."""
         if self.every:
             before = torch.zeros_like(x[:, 0]) if before is None else before
-            ends = x[:, self.every - 1:self.T - 1:self.every]
-            return torch.cat([before.unsqueeze(1), ends], 1).flatten(0, 1)
+            return torch.cat([before[:, None], x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
         return x[:, -1] if self.last_at is None else x.flatten(0, 1).index_select(0, self.last_at)
 
     def shifted(self, x, reach=0):
@@ -142,19 +143,6 @@ class Sequence:
         """The inverse: (B * blocks, n, C) -> (B,T,C)."""
         return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
 
-    def real(self):
-        """(B,T) bool: which tokens are not padding."""
-        if self.valid is None:
-            return torch.ones(self.B, self.T, dtype=torch.bool, device=self.device)
-        return self.valid
-
-    def row_time(self):
-        """(B,C), the embedded noise level of each row: the mean over its tokens."""
-        if self.time.shape[1] == 1:
-            return self.time[:, 0]
-        real = self.real().float().unsqueeze(-1)
-        return (self.time * real).sum(1) / real.sum(1)
-
 
 def reverse_blocks(x, n):
     """(B,T,C) -> (B * blocks, n, C): each block of n tokens reversed, the last one filled up with zeros."""
@@ -163,12 +151,16 @@ def reverse_blocks(x, n):
     return x.unflatten(1, (-1, n)).flatten(0, 1).flip(1)
 
 
-class Output(NamedTuple):
-    logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
-    hidden: Tensor             # (B,T,C), after the last norm
-    latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
-    vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
-    state: list                # a LayerState per layer, after the last token
+def real_tokens(x, lengths):
+    """x (B,T,...) with rows of `lengths` (B,) -> (B,T) bool, the tokens that are not padding; None for None, all."""
+    return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+
+def mean_over(h, real):
+    """h (B,T,C), real (B,T) bool or None for all -> (B,C), the mean over the real tokens."""
+    if real is None:
+        return h.mean(1)
+    return (h * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
 
 
 def state_bytes(state):
@@ -225,8 +217,8 @@ class LeakSeed(GateSeed):
 DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed}
 
 
-# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As constructed, a row passes on the forward ----
-# ---- scan alone, so that a causal checkpoint loaded two-way gives the same logits; init_weights opens both -------------
+# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As constructed, a row passes on the ----
+# ---- forward scan alone: a causal checkpoint loaded two-way gives the same logits; init_weights opens both ------
 
 class AddFusion(nn.Module):
     """w_f y_f + w_b y_b, both weights learned per channel."""
@@ -258,8 +250,7 @@ class ConcatFusion(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.mix = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
-        with torch.no_grad():
-            self.mix.weight.copy_(torch.eye(cfg.n_embd, 2 * cfg.n_embd))
+        nn.init.eye_(self.mix.weight)
 
     def forward(self, f, b):
         return self.mix(torch.cat([f, b], -1))
@@ -304,19 +295,17 @@ class NoCond(nn.Module):
 
 
 class AddCond(NoCond):
-    """A shift."""
-    parts = 1
+    parts = 1      # shift
 
 
 class Film(NoCond):
-    """Shift and scale (arXiv 1709.07871)."""
-    parts = 2
+    parts = 2      # shift and scale (arXiv 1709.07871)
 
 
 class AdaLNZero(NoCond):
-    """Shift, scale and gate (DiT, arXiv 2212.09748). The gate is 1 + what is learned from 0, so that pretrained weights
-    stay as they are; from scratch the zero-initialised output matrices make each block the identity, as in DiT."""
-    parts = 3
+    """As in DiT (arXiv 2212.09748). The gate is 1 + what is learned from 0, so that pretrained weights stay as they
+    are; from scratch the output matrices are zero, which makes each block the identity, as in DiT."""
+    parts = 3      # shift, scale and gate
 
 
 TIME_CONDS = {"none": NoCond, "add": AddCond, "film": Film, "adaln_zero": AdaLNZero}
@@ -341,12 +330,10 @@ class TimeEmbedding(nn.Module):
         if cfg.time_dim < 2 or cfg.time_dim % 2:
             raise ValueError(f"time_dim={cfg.time_dim} is not allowed: give an even number")
         if cfg.gaussian and not cls.wanted(cfg):
-            raise ValueError("a Gaussian network must know the noise level: "
-                             "choose time_cond=add, film or adaln_zero")
+            raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
 
     def forward(self, *levels):
-        steps = torch.arange(self.half, device=levels[0].device)
-        freqs = torch.exp(-math.log(10_000) * steps / self.half)
+        freqs = torch.exp(-math.log(10_000) * torch.arange(self.half, device=levels[0].device) / self.half)
         angles = [1000 * t.float().unsqueeze(-1) * freqs for t in levels]
         return sum(mlp(torch.cat([x.cos(), x.sin()], -1)) for mlp, x in zip(self.mlps, angles))
 
@@ -358,26 +345,25 @@ class Mixer(nn.Module):
 
         forward(x, state, seq, carry) -> y, mix, shift, carry
 
-    x: (B,T,C), normed and conditioned. state: the layer's LayerState after the tokens before x, None if there are none.
-    seq: the Sequence that x is. carry: the Carry of the layer below. y: (B,T,C), to add to the residual. mix, shift: what
-    LayerState.mix and .att_shift become, None where nothing is remembered. carry: for the layer above.
+    x: (B,T,C), normed and conditioned. state: the layer's LayerState after the tokens before x, None if there are
+    none. seq: the Sequence that x is. carry: the Carry of the layer below. y: (B,T,C), to be added to the residual.
+    mix, shift: the new LayerState's mix and att_shift, None where nothing is remembered. carry: for the layer above.
     """
     directions = ("bidirectional", "causal", "block")      # what it can do; the first is what it does by itself
     wants_time = False                                     # does it use seq.time?
 
 
 def low_ranks(cfg, first):
-    """The ranks of a scan's low-rank paths, by RWKV-LM's rule where the config has none. The value residual (v) mixes
-    towards the first layer's values, so that layer has none."""
+    """The ranks of a scan's low-rank paths, by RWKV-LM's rule where the config has none. The value residual (v)
+    mixes towards the first layer's values, so that layer has none."""
     def rank(chosen, factor):
         return chosen or max(32, round(factor * cfg.n_embd**0.5 / 32) * 32)
-
     paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
     return paths if first else paths | {"v": rank(cfg.rank_v, 1.7)}
 
 
 class Scan7(nn.Module):
-    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with the names, shapes and
+    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with names, shapes and
     arithmetic of the official x070. `like`: another scan whose projections this one uses in place of its own."""
 
     def __init__(self, cfg, first, like=None):
@@ -397,12 +383,10 @@ class Scan7(nn.Module):
 
     def mix(self, x, last, valid, v_first, **scan):
         """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, own values.
-
-        scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it.
-        """
+        scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it."""
         m = self if self.like[0] is None else self.like[0]
-        shifts = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
-        xr, xw, xk, xv, xa, xg = shift_mix(x, last, shifts)
+        mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+        xr, xw, xk, xv, xa, xg = shift_mix(x, last, mixes)
         r, k, v = m.receptance(xr), m.key(xk), m.value(xv)
         w = torch.tanh(xw @ m.w1) @ m.w2                              # log-decay in (-0.607, 0), eq. 4 of the paper
         a = (xa @ m.a1) @ m.a2                                        # in-context learning rate
@@ -416,7 +400,7 @@ class Scan7(nn.Module):
 
 
 class RWKV7(Mixer, Scan7):
-    """RWKV-7 in every direction: a forward scan over the whole sequence and, unless causal, a backward one in each block."""
+    """A forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
     directions = ("causal", "bidirectional", "block")
 
     def __init__(self, cfg, layer):
@@ -457,7 +441,7 @@ class RWKV7(Mixer, Scan7):
         return self.output(y), s, seq.last(x, last), carry
 
     def start(self, s0, seed):
-        """s0 the carried state, seed the layer below's final one, each (B,H,N,N) or None -> first state, leak or None."""
+        """s0 the carried state, seed the layer below's final one, both (B,H,N,N) or None -> first state, leak."""
         if self.jrt is None or seed is None:
             return s0, None
         if s0 is not None and not self.jrt.keeps_context:
@@ -466,12 +450,11 @@ class RWKV7(Mixer, Scan7):
         return self.jrt(seed, s0)
 
     def scan_blocks(self, inputs, s0, seq, seeds):
-        """The recurrence on inputs r, w, k, v, a, b (B,T,H,N) from s0, block by block, each with its own seed
-        -> y (B,T,H,N), the state after each block."""
+        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed -> y (B,T,H,N),
+        the states after the blocks."""
         n, ys, ends = seq.seed_block, [], []
         for i, block in enumerate(zip(*(z.split(n, 1) for z in inputs))):
-            first, leak = self.start(s0, seeds[i] if seeds else None)
-            y, end = wkv7_leaky(*block, first, leak)
+            y, end = wkv7_leaky(*block, *self.start(s0, seeds[i] if seeds else None))
             if i and seq.valid is not None:            # a row that has ended is not seeded again
                 end = torch.where(seq.valid[:, i * n, None, None, None], end, s0)
             s0 = end
@@ -481,7 +464,7 @@ class RWKV7(Mixer, Scan7):
 
 
 class BiWKV(Mixer):
-    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise level sets each row's decay and bonus."""
+    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise level sets decay and bonus by row."""
     directions = ("bidirectional",)
     wants_time = True
 
@@ -505,36 +488,30 @@ class BiWKV(Mixer):
         r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
         if seq.valid is not None:
             k = k.masked_fill(~seq.valid[..., None], -math.inf)
-        dw, du = self.time(F.silu(seq.row_time())).float().chunk(2, -1)          # (B,C)
+        time = seq.time[:, 0] if seq.time.shape[1] == 1 else mean_over(seq.time.float(), seq.valid)
+        dw, du = self.time(F.silu(time)).float().chunk(2, -1)                    # (B,C)
         y = biwkv(F.softplus(self.decay + dw), self.bonus + du, k, v)
         return self.output(r * self.ln_x(y)), None, None, carry
 
 
 class Cache(NamedTuple):
     """Attention's state."""
-    keys: Tensor       # (B,H,P,N)
-    values: Tensor     # (B,H,P,N)
-    real: Tensor       # (B,P) bool, which are not padding
-
-
-class BlockStarts(NamedTuple):
-    """A Cache of clean text for blocks of n tokens, each of which attends to what is before it."""
-    keys: Tensor
-    values: Tensor
-    real: Tensor
-    n: int
+    keys: Tensor                # (B,H,P,N)
+    values: Tensor              # (B,H,P,N)
+    real: Tensor                # (B,P) bool, which are not padding
+    block: Optional[int] = None  # noisy blocks of this size each see what is before them; None: all is before x
 
 
 class View(NamedTuple):
     """What all attention layers of a pass share."""
-    turn: tuple             # cos and sin of rotary angles, (T, N/2) or (B,1,T,N/2) each
-    real: Tensor            # (B, P + T), keys that are not padding
-    mask: Optional[Tensor]  # (B, 1, T, P + T) bool, which keys a query sees; None = all, or with `causal` those before
-    causal: bool
+    turn: tuple                 # cos and sin of the rotary angles, each (T, N/2) or (B,1,T,N/2)
+    real: Tensor                # (B, P + T) bool, keys that are not padding
+    mask: Optional[Tensor]      # (B, 1, T, P + T) bool, the keys that a query sees; None = all ...
+    causal: bool                # ... or those before it
 
 
 class Attention(Mixer):
-    """Softmax attention with rotary positions (arXiv 2104.09864), normalised queries and keys: the baseline."""
+    """The baseline: softmax attention, rotary positions (arXiv 2104.09864), normalised queries and keys."""
 
     def __init__(self, cfg, layer):
         super().__init__()
@@ -543,39 +520,42 @@ class Attention(Mixer):
 
     def forward(self, x, state, seq, carry):
         past, rows = None if state is None else state.mix, x
-        if isinstance(past, BlockStarts):              # (B * blocks, n, C) -> (B, blocks * n, C)
+        in_blocks = past is not None and past.block is not None
+        if in_blocks:                                  # (B * blocks, n, C) -> (B, blocks * n, C)
             rows = x.unflatten(0, (past.keys.shape[0], -1)).flatten(1, 2)
         if carry.view is None:
-            carry = carry._replace(view=self.view(rows, past, seq))
+            carry = carry._replace(view=self.view_of_blocks(rows, past, seq) if in_blocks else self.view(rows, past, seq))
         turn, real, mask, causal = carry.view
-        q, k, v = (proj(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2)
-                   for proj in (self.query, self.key, self.value))
+        q, k, v = (f(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2) for f in (self.query, self.key, self.value))
         q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.output(y.transpose(1, 2).flatten(2).view(x.shape))
-        if isinstance(past, BlockStarts):
-            return y, past, None, carry
-        return y, BlockStarts(k, v, real, seq.every) if seq.every else Cache(k, v, real), None, carry
+        return y, past if in_blocks else Cache(k, v, real, seq.every), None, carry
 
-    def view(self, rows, past, seq):
-        """rows (B,T,C), T new tokens after the P of `past` -> View."""
-        T, n, real = rows.shape[1], seq.seen_block, seq.real()
-        at = torch.arange(T, device=rows.device)
-        if isinstance(past, BlockStarts):              # a block sees itself and the clean ones before (BD3-LM, section 3.2)
-            query, key = at // past.n, torch.arange(past.keys.shape[2], device=rows.device) // past.n
-            noisy = real.view(len(rows), 1, 1, T) & (query[:, None] == query)
-            clean = past.real[:, None, None, :] & (key < query[:, None])
-            return View(rotation(at, self.N), past.real, torch.cat([clean, noisy], -1), False)
-        turn, P = rotation(at, self.N), 0
+    def view(self, x, past, seq):
+        """x (B,T,C) after the P tokens of `past`."""
+        T, n, P, at = seq.T, seq.seen_block, 0, torch.arange(seq.T, device=x.device)
+        real = torch.ones_like(x[..., 0], dtype=torch.bool) if seq.valid is None else seq.valid
+        turn = rotation(at, self.N)
         if past is not None:
-            turn = rotation((past.real.sum(1, keepdim=True) + at).unsqueeze(1), self.N)
-            real, P = torch.cat([past.real, real], 1), past.real.shape[1]
+            turn, P = rotation((past.real.sum(1, keepdim=True) + at).unsqueeze(1), self.N), past.real.shape[1]
+            real = torch.cat([past.real, real], 1)
         if seq.valid is None and not P and (n == 1 or n >= T):
             return View(turn, real, None, n == 1)
-        key = torch.arange(-P, T, device=rows.device)
-        return View(turn, real, real[:, None, None, :] & (key // n <= (at // n)[:, None]), False)
+        key = torch.arange(-P, T, device=x.device)
+        return View(turn, real, real[:, None, None] & (key // n <= (at // n)[:, None]), False)
+
+    def view_of_blocks(self, x, past, seq):
+        """x (B, blocks * n, C), noisy: a block sees itself and the clean blocks before it (BD3-LM, section 3.2)."""
+        at, key = (torch.arange(z, device=x.device) for z in (x.shape[1], past.keys.shape[2]))
+        query, key = at // past.block, key // past.block
+        noisy = (query[:, None] == query).expand(len(x), 1, -1, -1)
+        if seq.valid is not None:
+            noisy = noisy & seq.valid.view(len(x), 1, 1, -1)
+        clean = past.real[:, None, None] & (key < query[:, None])
+        return View(rotation(at, self.N), past.real, torch.cat([clean, noisy], -1), False)
 
 
 def rotation(at, N):
@@ -607,7 +587,7 @@ def direction(cfg):
 # ---- latents: a vector beside the text ----
 
 class LatentPrefix(nn.Module):
-    """A latent as P prefix tokens, each with a type embedding. Holds the mean and the scale of the latents trained on."""
+    """A latent as P prefix tokens, each with a type embedding. Holds mean and scale of the latents trained on."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -618,13 +598,13 @@ class LatentPrefix(nn.Module):
 
     @staticmethod
     def check(cfg):
-        if not cfg.latent_dim:
-            return
         if direction(cfg) == "block":
             raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")
+        if direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
+            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; choose "
+                             "text or both, or direction=bidirectional")
         if cfg.latent_dim < 1 or cfg.latent_prefix_len < 1:
-            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: "
-                             "give at least 1 each")
+            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: give at least 1 each")
 
     def forward(self, z):
         """z (B,D), noisy -> (B,P,C)."""
@@ -640,51 +620,41 @@ class LatentPrefix(nn.Module):
 
 
 class LatentHead(nn.Module):
-    """What the network predicts of the latent: from the mean of the text's outputs, from the prefix's, or from both."""
+    """Predicts the latent from the mean of the text's outputs, from the prefix's outputs, or from both."""
 
     def __init__(self, cfg):
         super().__init__()
         C = cfg.n_embd
-        widths = {"text": C, "prefix": cfg.latent_prefix_len * C, "both": C + cfg.latent_prefix_len * C}
-        self.source = cfg.latent_pred_from
-        self.mlp = nn.Sequential(nn.Linear(widths[self.source], 2 * C), nn.GELU(), nn.Linear(2 * C, cfg.latent_dim))
-
-    @staticmethod
-    def check(cfg):
-        if cfg.latent_dim and direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
-            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; "
-                             "choose text or both, or direction=bidirectional")
+        self.text, self.prefix = cfg.latent_pred_from != "prefix", cfg.latent_pred_from != "text"
+        width = C * (self.text + cfg.latent_prefix_len * self.prefix)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * C), nn.GELU(), nn.Linear(2 * C, cfg.latent_dim))
 
     def forward(self, prefix, text):
         """prefix (B,P,C), text (B,C) -> (B,D)."""
-        parts = []
-        if self.source != "prefix":
-            parts.append(text)
-        if self.source != "text":
-            parts.append(prefix.flatten(1))
-        return self.mlp(torch.cat(parts, -1))
+        if not self.prefix:
+            return self.mlp(text)
+        return self.mlp(torch.cat([text, prefix.flatten(1)], -1) if self.text else prefix.flatten(1))
 
 
 class TextLatentEncoder(nn.Module):
-    """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs; rwkv_pool:
-    from every layer's final WKV state, each head read by a learned query."""
+    """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs;
+    rwkv_pool: from every layer's final WKV state, each head read by a learned query."""
 
     def __init__(self, cfg):
         super().__init__()
-        C, H = cfg.n_embd, cfg.n_embd // cfg.head_size
-        self.layers, self.query, wide = [], None, C
+        C, self.query, width = cfg.n_embd, None, cfg.n_embd
         if cfg.latent_encoder == "rwkv_pool":
             self.layers = [i for i, name in enumerate(pattern(cfg)) if name == "rwkv7"]
-            self.query = nn.Parameter(torch.randn(len(self.layers), H, cfg.head_size))
-            wide = C * len(self.layers)
-        self.ln, self.mlp = nn.LayerNorm(wide), nn.Sequential(nn.Linear(wide, 2 * C), nn.GELU())
+            self.query = nn.Parameter(torch.randn(len(self.layers), C // cfg.head_size, cfg.head_size))
+            width = C * len(self.layers)
+        self.ln, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 2 * C), nn.GELU())
         self.mu, self.logvar = (nn.Linear(2 * C, cfg.latent_dim) for _ in range(2))
         nn.init.zeros_(self.logvar.weight)
         nn.init.constant_(self.logvar.bias, -2.0)
 
     @staticmethod
     def check(cfg):
-        if cfg.latent_encoder != "none" and not cfg.latent_dim:
+        if not cfg.latent_dim:
             raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: give latent_dim")
         if cfg.latent_encoder == "rwkv_pool" and "rwkv7" not in pattern(cfg):
             raise ValueError(f"latent_encoder=rwkv_pool reads RWKV-7 states, which mixer={cfg.mixer} has not: "
@@ -693,11 +663,10 @@ class TextLatentEncoder(nn.Module):
     def forward(self, out, lengths=None):
         """out: the Output for clean text -> mu, logvar, each (B,D)."""
         if self.query is None:
-            h = mean_of_text(out.hidden, lengths)
+            h = mean_over(out.hidden, real_tokens(out.hidden, lengths))
         else:
-            states = [out.state[i].mix.float() for i in self.layers]
-            h = [torch.einsum("bhij,hj->bhi", s, q).flatten(1) for s, q in zip(states, self.query)]
-            h = torch.cat(h, -1)
+            states = (out.state[i].mix.float() for i in self.layers)
+            h = torch.cat([torch.einsum("bhij,hj->bhi", s, q).flatten(1) for s, q in zip(states, self.query)], -1)
         h = self.mlp(self.ln(h))
         return self.mu(h), self.logvar(h).clamp(-10, 10)
 
@@ -713,14 +682,6 @@ class LatentPrior(nn.Module):
     def sample(self, eps):
         """eps (B,D), standard normal -> z (B,D)."""
         return self.mu + (0.5 * self.logvar).exp() * eps
-
-
-def mean_of_text(h, lengths=None):
-    """(B,T,C) -> (B,C), the mean over the real tokens."""
-    if lengths is None:
-        return h.mean(1)
-    real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]
-    return (h * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(-1)
 
 
 # ---- the block and the network ----
@@ -742,12 +703,6 @@ class ChannelMix(nn.Module):
         self.reach, width = FFN_SHIFTS[cfg.ffn_shift], cfg.dim_ffn or 4 * cfg.n_embd
         self.key = nn.Linear(cfg.n_embd, width, bias=False)
         self.value = nn.Linear(width, cfg.n_embd, bias=False)
-
-    @staticmethod
-    def check(cfg):
-        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
-            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: "
-                             "choose direction=bidirectional, or ffn_shift=before")
 
     def forward(self, x, state, seq):
         k, last = x, None if state is None else state.ffn_shift
@@ -772,11 +727,13 @@ class Block(nn.Module):
             if name not in TIME_MIXERS:
                 raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
             if direction(cfg) not in (can := TIME_MIXERS[name].directions):
-                raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: "
-                                 f"choose one of {', '.join(can)}")
+                raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
+        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
+            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: choose direction=bidirectional, "
+                             "or ffn_shift=before")
 
     def forward(self, x, state, seq, carry):
-        """x (B,T,C), state (LayerState or None), seq, carry -> x, state after the last token, carry for the next block."""
+        """x (B,T,C), the layer's state or None, seq, carry -> x, the state after the last token, the new carry."""
         cond1, cond2 = self.cond(seq.time)
         y, mix, att_shift, carry = self.att(cond1.before(self.ln1(x)), state, seq, carry)
         x = x + cond1.after(y)
@@ -811,8 +768,8 @@ class Denoiser(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         if torch.get_default_device().type == "cpu":
-            in_memory(weight_bytes(cfg), f"a network of n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, "
-                                         f"vocab_size={cfg.vocab_size}")
+            shape = f"n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}"
+            in_memory(weight_bytes(cfg), f"a network of {shape}")
         self.check(cfg)
         self.cfg, self.mask_id = cfg, cfg.vocab_size
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
@@ -834,41 +791,48 @@ class Denoiser(nn.Module):
     @staticmethod
     def check(cfg):
         """ValueError, in one line with the repair, for a config that no network can be built from."""
-        if cfg.head_size not in HEAD_SIZES:
-            raise ValueError(f"head_size={cfg.head_size} is not supported: "
-                             f"choose one of {', '.join(map(str, HEAD_SIZES))}")
-        if cfg.n_embd < 1 or cfg.n_embd % cfg.head_size:
-            raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={cfg.head_size}: "
-                             f"choose {max(1, round(cfg.n_embd / cfg.head_size)) * cfg.head_size}")
+        N = cfg.head_size
+        if N not in HEAD_SIZES:
+            raise ValueError(f"head_size={N} is not supported: choose one of {', '.join(map(str, HEAD_SIZES))}")
+        if cfg.n_embd < 1 or cfg.n_embd % N:
+            raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={N}: "
+                             f"choose {max(1, round(cfg.n_embd / N)) * N}")
         for key, rows in CHOICES.items():
             if (value := getattr(cfg, key)) not in rows and (key, value) != ("direction", ""):
                 raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(rows)}")
         for key in ("n_layer", "block_size"):
             if getattr(cfg, key) < 1:
                 raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
-        for part in (Block, TimeEmbedding, ChannelMix, LatentPrefix, LatentHead, TextLatentEncoder):
-            part.check(cfg)
+        Block.check(cfg)
+        TimeEmbedding.check(cfg)
+        if cfg.latent_dim:
+            LatentPrefix.check(cfg)
+        if cfg.latent_encoder != "none":
+            TextLatentEncoder.check(cfg)
         if cfg.dw_jrt:
             DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
     def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None,
                 before=None):
-        time = self.embed_time(x, t, latent_t, lengths)                        # (B,1,C) or (B,T,C) or None
-        x = self.embed(x, time, before)                                        # (B,T,C)
-        has_latent = None
+        cfg, has_latent, clean = self.cfg, None, clean or every is not None
+        time = self.embed_time(x, t, latent_t, lengths)                          # (B,1,C) or (B,T,C) or None
+        x = self.embed(x, time, before)                                          # (B,T,C)
         if latent is not None:
-            self.check_latent(latent, state is not None or clean or every is not None)
-            has_latent = (latent != 0).any(-1)                                 # (B,)
-            x, time, lengths = self.add_prefix(latent, x, time, lengths)       # (B,P+T,C)
-        seq = Sequence.of(x, self.cfg, time, lengths, clean or every is not None, every, has_latent)
+            if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean:
+                takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
+                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, and only with "
+                                 "whole rows, not with a state")
+            has_latent = (latent != 0).any(-1)                                   # (B,)
+            x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
+        seq = Sequence.of(x, cfg, time, lengths, clean, every, has_latent)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for i, block in enumerate(self.blocks):
-            x, s, carry = block(x, None if state is None else state[i], seq, carry)      # (B,P+T,C)
+            x, s, carry = block(x, None if state is None else state[i], seq, carry)
             states.append(s)
         return self.heads(self.ln_out(x), lengths, has_latent, states)
 
     def embed_time(self, x, t, latent_t, lengths):
-        """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where no part looks at it."""
+        """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where nothing looks at it."""
         if self.time is None:
             return None
         if t is None:
@@ -886,21 +850,12 @@ class Denoiser(nn.Module):
         """Ids (B,T) or embeddings (B,T,C) -> (B,T,C)."""
         if not x.is_floating_point():
             return self.emb(x)
-        if not self.cfg.gaussian:
-            return x
         if self.cfg.self_cond:
             x = torch.cat([x, torch.zeros_like(x) if before is None else before], -1)
-        return self.enter(x) + time
-
-    def check_latent(self, latent, in_parts):
-        D = self.cfg.latent_dim
-        if not D or latent.shape[1:] != (D,) or in_parts:
-            takes = f"(B,{D})" if D else "none"
-            raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, "
-                             "and only with whole rows, not with a state")
+        return self.enter(x) + time if self.cfg.gaussian else x
 
     def add_prefix(self, latent, x, time, lengths):
-        """The latents' P tokens before the text, whose mean noise level they get -> x (B,P+T,C), time, lengths."""
+        """The latents' P tokens before the text, with its mean noise level -> x (B,P+T,C), time, lengths."""
         P = self.cfg.latent_prefix_len
         x = torch.cat([self.latent_prefix(latent).to(x.dtype), x], 1)
         if time is not None and time.shape[1] > 1:
@@ -908,10 +863,10 @@ class Denoiser(nn.Module):
         return x, time, None if lengths is None else lengths + P
 
     def heads(self, h, lengths, has_latent, states):
-        """h (B,P+T,C), after the last norm; P = 0 where has_latent is None -> Output."""
-        cfg, P, prefix = self.cfg, self.cfg.latent_prefix_len, None
+        """h (B,T,C), after the last norm, or (B,P+T,C) where has_latent (B,) is not None -> Output."""
+        cfg, P, prefix, latent = self.cfg, self.cfg.latent_prefix_len, None, None
         if has_latent is not None:
-            prefix, h = h.split([P, h.shape[1] - P], 1)                        # (B,P,C), (B,T,C)
+            prefix, h = h.split([P, h.shape[1] - P], 1)                          # (B,P,C), (B,T,C)
             lengths = None if lengths is None else lengths - P
         shown = h
         if cfg.predict == "next":          # the first token has none before it, but perhaps a latent
@@ -921,37 +876,30 @@ class Denoiser(nn.Module):
             shown = torch.cat([first, h[:, :-1]], 1)
         logits = F.linear(shown, self.emb.weight[:-1] if cfg.tie_embeddings else self.head.weight).float()
         if cfg.logit_cap:
-            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)        # (B,T,V)
-        z = None
+            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)          # (B,T,V)
         if cfg.latent_dim:
-            mean = mean_of_text(h, lengths)                                    # (B,C)
-            if prefix is None:
-                prefix = h.new_zeros(len(h), P, cfg.n_embd)
-            else:
-                prefix = prefix * has_latent[:, None, None]
-            z = self.latent_head(prefix, mean).float()                         # (B,D)
-        return Output(logits, h, z, self.vector(h) if cfg.gaussian else None, states)
+            text = mean_over(h, real_tokens(h, lengths))                         # (B,C)
+            prefix = h.new_zeros(len(h), P, cfg.n_embd) if prefix is None else prefix * has_latent[:, None, None]
+            latent = self.latent_head(prefix, text).float()                      # (B,D)
+        return Output(logits, h, latent, self.vector(h) if cfg.gaussian else None, states)
 
     def table(self):
         """The embeddings of the V tokens, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
         return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
 
     def posterior(self, x, lengths=None):
-        """Stage II's q(z|x) for clean text x (B,T) -> mu and log variance (B,D), and the text's mean output (B,C)."""
+        """Stage II's q(z|x) for clean text x (B,T) -> mu, log variance (B,D), and the text's mean output (B,C)."""
         out = self(x, lengths=lengths)
         mu, logvar = self.latent_encoder(out, lengths)
-        return mu.float(), logvar.float(), mean_of_text(out.hidden, lengths).float()
+        return mu.float(), logvar.float(), mean_over(out.hidden, real_tokens(x, lengths)).float()
 
 
 def mask_share(masked, n, lengths):
     """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) where one block is all."""
-    B, T = masked.shape
-    real = torch.ones_like(masked) if lengths is None else torch.arange(T, device=masked.device) < lengths[:, None]
-
-    def per_block(z):
-        return F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1)
-
-    share = per_block(masked & real) / per_block(real).clamp_min(1)
+    (B, T), real = masked.shape, real_tokens(masked, lengths)
+    real = torch.ones_like(masked) if real is None else real
+    count, of = (F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1) for z in (masked & real, real))
+    share = count / of.clamp_min(1)
     return share[:, 0] if n >= T else share.repeat_interleave(n, 1)[:, :T]
 
 
@@ -972,8 +920,8 @@ def in_memory(need, what):
     except (ValueError, OSError, AttributeError):      # a system that does not say
         return
     if need > have:
-        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, this machine has {have / 2**30:.1f}: "
-                        "choose smaller sizes")
+        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, this machine has {have / 2**30:.1f}: choose "
+                        "smaller sizes")
 
 
 # ---- initialisation, parameter kinds, optimizers: RWKV-LM's RWKV-v7/train_temp ----
