@@ -1,6 +1,6 @@
-"""The network: a block, its mixers, DW-JRT, noise levels and latents; then optimizers, checkpoints, the machine.
+"""The network: a block, its mixers, DW-JRT, noise levels, latents; then optimizers, checkpoints, the machine.
 
-B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; t is the noise level, in (0, 1].
+B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; noise level t in (0, 1].
 """
 import ctypes
 import math
@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -19,62 +19,58 @@ from torch import Tensor
 from configurator import UserError, checked, merge, section, short, written
 from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
-
 @dataclass
 class ModelConfig:
     n_layer: int = 4                # [1, 10000] L, blocks
     n_embd: int = 128               # [16, 1e6] C, channels
     head_size: int = 32             # [16, 128] N, 16 | 32 | 64 | 128
-    vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = what the data has
+    vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = as in the data
     mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; rwkv7,rwkv7,attention repeats over the depth
-    direction: str = ""             # which tokens see which: causal | bidirectional | block; empty = the mixer's own
+    direction: str = ""             # who sees whom: causal | bidirectional | block; empty = the mixer's own
     block_size: int = 32            # [1, 1e7] n, tokens in a block
     fusion: str = "add"             # how the forward and the backward scan become one
     tie_directions: bool = False    # both scans use the same projections
-    copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy of the forward one
+    copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy
     time_cond: str = "none"         # how the noise level enters each block
     time_dim: int = 128             # [2, 65536] width of its sinusoidal embedding
     time_inputs: int = 1            # [1, 2] noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
     self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
-    predict: str = "same"           # a token is predicted at its own place, or (next) at the one before, as in AR networks
-    latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = what the data has, without latents none
+    predict: str = "same"           # a token is predicted at its own place, or (next) at the one before it
+    latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = as in the data, if it has latents
     latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens that a latent enters as
-    latent_pred_from: str = "both"  # what a latent is predicted from: the text's outputs, the prefix's, or both
-    latent_encoder: str = "none"    # Stage II: q(z|x) from the mean output (mlp) or the layers' final states (rwkv_pool)
+    latent_pred_from: str = "both"  # what predicts a latent: the text's outputs, the prefix's, or both
+    latent_encoder: str = "none"    # Stage II: q(z|x) from the mean output (mlp) or final states (rwkv_pool)
     latent_prior: str = "fixed"     # Stage II: p(z), N(0, 1) or learned mean and variance
     norm: str = "layer"             # the norms before mixers and at the end
     tie_embeddings: bool = False    # the head is the token embedding
-    ffn_shift: str = "before"       # channel mix's token shift: none | before: 1 token | both: 1, wide: 2 on each side
+    ffn_shift: str = "before"       # channel mix's shift: none | before: 1 token | both: 1 per side | wide: 2
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 3.0       # [-1e6, 1e6] factor on the seed
-    dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), one alpha per layer and head
+    dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), per layer and head
     dw_jrt_layer_start: int = 1     # [0, 10000] first layer that is seeded (layer 0 has none below it)
     logit_cap: float = 0.0          # [0, 1e6] logits = cap * tanh(logits / cap); 0 = no cap
     dim_ffn: int = 0                # [0, 1e7] width of the channel mix; 0 = 4 C
-    rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule (also below)
+    rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule
     rank_a: int = 0                 # [0, 1e6] ... of the in-context learning rate's
     rank_v: int = 0                 # [0, 1e6] ... of the value residual's
     rank_g: int = 0                 # [0, 1e6] ... of the gate's
 
-
 # ---- what goes into a layer and comes out of it ----
 
 class LayerState(NamedTuple):
-    """All that a layer must remember of a prefix; for RWKV-7 of constant size, whatever the prefix's length."""
+    """All that a layer must remember of a prefix; constant in size for RWKV-7, whatever the length."""
     mix: Tensor        # rwkv7: the WKV state (B,H,N,N), float32; attention: a Cache
     att_shift: Tensor  # (B,C), the time mix's last input (rwkv7)
     ffn_shift: Tensor  # (B,C), the channel mix's last input
-
 
 class Carry(NamedTuple):
     """What a layer hands to the layer above, beside x. None: no layer has made it yet."""
     v_first: Optional[Tensor] = None       # (B,T,C), the first RWKV-7 layer's values, for the value residual
     v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of its backward scan
-    seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, one per block
-    view: Optional["View"] = None          # rotations and mask of the first attention layer
-
+    seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, by block
+    view: Optional[tuple] = None           # Attention.view, from the first attention layer
 
 class Output(NamedTuple):
     logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
@@ -82,7 +78,6 @@ class Output(NamedTuple):
     latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
     vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
     state: list                # a LayerState per layer, after the last token
-
 
 @dataclass(frozen=True)
 class Sequence:
@@ -120,7 +115,7 @@ class Sequence:
                    last_at, has_latent is not None)
 
     def last(self, x, before):
-        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` the ones before
+        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` those before
         each block (B * blocks, C). before: the one before x, (B,C) or None."""
         if self.every:
             before = torch.zeros_like(x[:, 0]) if before is None else before
@@ -143,18 +138,15 @@ class Sequence:
         """The inverse: (B * blocks, n, C) -> (B,T,C)."""
         return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
 
-
 def reverse_blocks(x, n):
     """(B,T,C) -> (B * blocks, n, C): each block of n tokens reversed, the last one filled up with zeros."""
     if pad := -x.shape[1] % n:
         x = F.pad(x, (0, 0, 0, pad))
     return x.unflatten(1, (-1, n)).flatten(0, 1).flip(1)
 
-
 def real_tokens(x, lengths):
-    """x (B,T,...) with rows of `lengths` (B,) -> (B,T) bool, the tokens that are not padding; None for None, all."""
+    """x (B,T,...) with rows of `lengths` (B,) -> (B,T) bool, tokens that are not padding; None: all."""
     return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-
 
 def mean_over(h, real):
     """h (B,T,C), real (B,T) bool or None for all -> (B,C), the mean over the real tokens."""
@@ -162,13 +154,11 @@ def mean_over(h, real):
         return h.mean(1)
     return (h * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
 
-
 def state_bytes(state):
     """What a state, or any nest of tensors, takes in memory."""
     if torch.is_tensor(state):
         return state.numel() * state.element_size()
     return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
-
 
 # ---- DW-JRT: how the final state S_T of the layer below enters this layer (rows of DW_JRT_INJECT) ----
 
@@ -190,7 +180,6 @@ class InitSeed(nn.Module):
         """seed (B,H,N,N), ctx the carried state or None -> first state, and a leak J (B,H,N,N) or None."""
         return self.scale * seed, None
 
-
 class GateSeed(InitSeed):
     """S_0 = ctx + g * (scale * S_T - ctx), g = sigmoid(alpha), alpha learned per head."""
     keeps_context = True
@@ -205,20 +194,17 @@ class GateSeed(InitSeed):
             return g * self.scale * seed, None
         return torch.lerp(ctx, self.scale * seed, g), None
 
-
 class LeakSeed(GateSeed):
-    """S_0 = scale * S_T, and each step adds J diag(1 - exp w_t), J = g * S_T: what decays is refilled from the seed."""
+    """S_0 = scale * S_T; each step adds J diag(1 - exp w_t), J = g * S_T: the seed refills what decays."""
     keeps_context = False
 
     def forward(self, seed, ctx):
         return self.scale * seed, self.alpha.sigmoid()[:, None, None] * seed
 
-
 DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed}
 
-
-# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As constructed, a row passes on the ----
-# ---- forward scan alone: a causal checkpoint loaded two-way gives the same logits; init_weights opens both ------
+# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As made, the forward one alone
+# ---- passes: a causal checkpoint loaded two-way gives the same logits; init_weights opens both ----
 
 class AddFusion(nn.Module):
     """w_f y_f + w_b y_b, both weights learned per channel."""
@@ -229,7 +215,6 @@ class AddFusion(nn.Module):
 
     def forward(self, f, b):
         return torch.addcmul(f * self.w_f, b, self.w_b)
-
 
 class GateFusion(nn.Module):
     """y_f + (2 sigmoid(W [y_f, y_b]) - 1) y_b: a gate from both scans, which starts at 0."""
@@ -243,7 +228,6 @@ class GateFusion(nn.Module):
         gate = torch.tanh(0.5 * self.gate(torch.cat([f, b], -1)))      # 2 sigmoid(x) - 1 = tanh(x / 2)
         return torch.addcmul(f, gate, b)
 
-
 class ConcatFusion(nn.Module):
     """W [y_f, y_b], W starting as [1, 0]."""
 
@@ -255,14 +239,12 @@ class ConcatFusion(nn.Module):
     def forward(self, f, b):
         return self.mix(torch.cat([f, b], -1))
 
-
 FUSIONS = {"add": AddFusion, "gate": GateFusion, "concat": ConcatFusion}
-
 
 # ---- the noise level: rows give (shift, scale, gate) for both halves of a block, zero at first ----
 
 class Condition(NamedTuple):
-    """h -> h (1 + scale) + shift before a half of the block, y -> y (1 + gate) after it; None leaves that out."""
+    """h -> h (1 + scale) + shift before a half of the block, y -> y (1 + gate) after it; None: left out."""
     shift: Optional[Tensor] = None
     scale: Optional[Tensor] = None
     gate: Optional[Tensor] = None
@@ -273,7 +255,6 @@ class Condition(NamedTuple):
 
     def after(self, y):
         return y if self.gate is None else torch.addcmul(y, y, self.gate)
-
 
 class NoCond(nn.Module):
     """The block does not see the noise level."""
@@ -293,26 +274,21 @@ class NoCond(nn.Module):
         first, second = self.proj(F.silu(time)).chunk(2, -1)
         return Condition(*first.chunk(self.parts, -1)), Condition(*second.chunk(self.parts, -1))
 
-
 class AddCond(NoCond):
     parts = 1      # shift
-
 
 class Film(NoCond):
     parts = 2      # shift and scale (arXiv 1709.07871)
 
-
 class AdaLNZero(NoCond):
-    """As in DiT (arXiv 2212.09748). The gate is 1 + what is learned from 0, so that pretrained weights stay as they
+    """DiT's (arXiv 2212.09748), but the gate is 1 + what is learned from 0: pretrained weights stay as they
     are; from scratch the output matrices are zero, which makes each block the identity, as in DiT."""
     parts = 3      # shift, scale and gate
 
-
 TIME_CONDS = {"none": NoCond, "add": AddCond, "film": Film, "adaln_zero": AdaLNZero}
 
-
 class TimeEmbedding(nn.Module):
-    """Noise levels t in [0, 1] -> (..., C): sinusoids of 1000 t (DDPM's steps) and an MLP for each input, added up."""
+    """Noise levels t in [0, 1] -> (..., C): sinusoids of 1000 t (DDPM's steps), an MLP per input, added."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -330,41 +306,39 @@ class TimeEmbedding(nn.Module):
         if cfg.time_dim < 2 or cfg.time_dim % 2:
             raise ValueError(f"time_dim={cfg.time_dim} is not allowed: give an even number")
         if cfg.gaussian and not cls.wanted(cfg):
-            raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
+            raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or "
+                             "adaln_zero")
 
     def forward(self, *levels):
         freqs = torch.exp(-math.log(10_000) * torch.arange(self.half, device=levels[0].device) / self.half)
         angles = [1000 * t.float().unsqueeze(-1) * freqs for t in levels]
         return sum(mlp(torch.cat([x.cos(), x.sin()], -1)) for mlp, x in zip(self.mlps, angles))
 
-
 # ---- mixers ----
 
 class Mixer(nn.Module):
-    """Lets tokens see each other. A new one: a subclass with __init__(self, cfg, layer), a row of TIME_MIXERS, and
+    """Lets tokens see each other. A new one: a subclass with __init__(self, cfg, layer), a TIME_MIXERS row,
 
         forward(x, state, seq, carry) -> y, mix, shift, carry
 
-    x: (B,T,C), normed and conditioned. state: the layer's LayerState after the tokens before x, None if there are
-    none. seq: the Sequence that x is. carry: the Carry of the layer below. y: (B,T,C), to be added to the residual.
-    mix, shift: the new LayerState's mix and att_shift, None where nothing is remembered. carry: for the layer above.
+    x: (B,T,C), normed and conditioned; state: the layer's LayerState after the tokens before x, or None;
+    seq: the Sequence that x is; carry: the Carry of the layer below. y: (B,T,C), to be added to the residual;
+    mix, shift: the new LayerState's mix and att_shift, or None; carry: for the layer above.
     """
-    directions = ("bidirectional", "causal", "block")      # what it can do; the first is what it does by itself
+    directions = ("bidirectional", "causal", "block")      # what it can do; the first: what it does by itself
     wants_time = False                                     # does it use seq.time?
 
-
 def low_ranks(cfg, first):
-    """The ranks of a scan's low-rank paths, by RWKV-LM's rule where the config has none. The value residual (v)
-    mixes towards the first layer's values, so that layer has none."""
+    """{path: rank} of a scan's low-rank paths, by RWKV-LM's rule if the config has none. The value residual
+    (v) mixes towards the first layer's values, so that layer has none."""
     def rank(chosen, factor):
         return chosen or max(32, round(factor * cfg.n_embd**0.5 / 32) * 32)
     paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
     return paths if first else paths | {"v": rank(cfg.rank_v, 1.7)}
 
-
 class Scan7(nn.Module):
-    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with names, shapes and
-    arithmetic of the official x070. `like`: another scan whose projections this one uses in place of its own."""
+    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with names and
+    shapes of the official x070. `like`: another scan whose projections this one uses instead of its own."""
 
     def __init__(self, cfg, first, like=None):
         super().__init__()
@@ -382,22 +356,21 @@ class Scan7(nn.Module):
             self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
 
     def mix(self, x, last, valid, v_first, **scan):
-        """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, own values.
+        """x (B,T,C), last (B,C) the one before, valid (B,T) or None -> (B,T,C) to project, state, its values.
         scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it."""
         m = self if self.like[0] is None else self.like[0]
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
         xr, xw, xk, xv, xa, xg = shift_mix(x, last, mixes)
         r, k, v = m.receptance(xr), m.key(xk), m.value(xv)
-        w = torch.tanh(xw @ m.w1) @ m.w2                              # log-decay in (-0.607, 0), eq. 4 of the paper
-        a = (xa @ m.a1) @ m.a2                                        # in-context learning rate
+        w = torch.tanh(xw @ m.w1) @ m.w2                    # log-decay in (-0.607, 0), eq. 4 of the paper
+        a = (xa @ m.a1) @ m.a2                              # in-context learning rate
         g = torch.sigmoid(xg @ m.g1) @ m.g2
         gate, v0 = None, None
-        if v_first is not None:                                       # the value residual
+        if v_first is not None:                             # the value residual
             gate, v0 = (xv @ m.v1) @ m.v2, self.v0
         y, s = wkv7_mix(r, w, a, k, v, gate, v_first, g, self.w0, self.a0, v0, self.k_k, self.k_a, self.r_k,
                         self.ln_x.weight, self.ln_x.bias, self.ln_x.eps, valid, self.N, **scan)
         return y, s, v
-
 
 class RWKV7(Mixer, Scan7):
     """A forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
@@ -441,7 +414,7 @@ class RWKV7(Mixer, Scan7):
         return self.output(y), s, seq.last(x, last), carry
 
     def start(self, s0, seed):
-        """s0 the carried state, seed the layer below's final one, both (B,H,N,N) or None -> first state, leak."""
+        """s0: carried state, seed: the layer below's final one, (B,H,N,N) or None -> first state, leak."""
         if self.jrt is None or seed is None:
             return s0, None
         if s0 is not None and not self.jrt.keeps_context:
@@ -450,8 +423,8 @@ class RWKV7(Mixer, Scan7):
         return self.jrt(seed, s0)
 
     def scan_blocks(self, inputs, s0, seq, seeds):
-        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed -> y (B,T,H,N),
-        the states after the blocks."""
+        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed
+        -> y (B,T,H,N), the states after the blocks."""
         n, ys, ends = seq.seed_block, [], []
         for i, block in enumerate(zip(*(z.split(n, 1) for z in inputs))):
             y, end = wkv7_leaky(*block, *self.start(s0, seeds[i] if seeds else None))
@@ -462,9 +435,8 @@ class RWKV7(Mixer, Scan7):
             ends.append(end)
         return torch.cat(ys, 1), ends
 
-
 class BiWKV(Mixer):
-    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise level sets decay and bonus by row."""
+    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise sets decay and bonus."""
     directions = ("bidirectional",)
     wants_time = True
 
@@ -493,22 +465,12 @@ class BiWKV(Mixer):
         y = biwkv(F.softplus(self.decay + dw), self.bonus + du, k, v)
         return self.output(r * self.ln_x(y)), None, None, carry
 
-
 class Cache(NamedTuple):
     """Attention's state."""
     keys: Tensor                # (B,H,P,N)
     values: Tensor              # (B,H,P,N)
     real: Tensor                # (B,P) bool, which are not padding
-    block: Optional[int] = None  # noisy blocks of this size each see what is before them; None: all is before x
-
-
-class View(NamedTuple):
-    """What all attention layers of a pass share."""
-    turn: tuple                 # cos and sin of the rotary angles, each (T, N/2) or (B,1,T,N/2)
-    real: Tensor                # (B, P + T) bool, keys that are not padding
-    mask: Optional[Tensor]      # (B, 1, T, P + T) bool, the keys that a query sees; None = all ...
-    causal: bool                # ... or those before it
-
+    block: Optional[int] = None  # noisy blocks of this size each see what is before them; None: x sees all
 
 class Attention(Mixer):
     """The baseline: softmax attention, rotary positions (arXiv 2104.09864), normalised queries and keys."""
@@ -524,9 +486,11 @@ class Attention(Mixer):
         if in_blocks:                                  # (B * blocks, n, C) -> (B, blocks * n, C)
             rows = x.unflatten(0, (past.keys.shape[0], -1)).flatten(1, 2)
         if carry.view is None:
-            carry = carry._replace(view=self.view_of_blocks(rows, past, seq) if in_blocks else self.view(rows, past, seq))
+            view = self.view_of_blocks if in_blocks else self.view
+            carry = carry._replace(view=view(rows, past, seq))
         turn, real, mask, causal = carry.view
-        q, k, v = (f(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        projections = (self.query, self.key, self.value)
+        q, k, v = (f(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2) for f in projections)
         q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
@@ -535,7 +499,8 @@ class Attention(Mixer):
         return y, past if in_blocks else Cache(k, v, real, seq.every), None, carry
 
     def view(self, x, past, seq):
-        """x (B,T,C) after the P tokens of `past`."""
+        """x (B,T,C), the P tokens of `past` before it -> rotary cos and sin, each (T, N/2) or (B,1,T,N/2);
+        real keys (B, P + T); those that a query sees (B, 1, T, P + T), None = all; causal or not."""
         T, n, P, at = seq.T, seq.seen_block, 0, torch.arange(seq.T, device=x.device)
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if seq.valid is None else seq.valid
         turn = rotation(at, self.N)
@@ -543,81 +508,75 @@ class Attention(Mixer):
             turn, P = rotation((past.real.sum(1, keepdim=True) + at).unsqueeze(1), self.N), past.real.shape[1]
             real = torch.cat([past.real, real], 1)
         if seq.valid is None and not P and (n == 1 or n >= T):
-            return View(turn, real, None, n == 1)
+            return turn, real, None, n == 1
         key = torch.arange(-P, T, device=x.device)
-        return View(turn, real, real[:, None, None] & (key // n <= (at // n)[:, None]), False)
+        return turn, real, real[:, None, None] & (key // n <= (at // n)[:, None]), False
 
     def view_of_blocks(self, x, past, seq):
-        """x (B, blocks * n, C), noisy: a block sees itself and the clean blocks before it (BD3-LM, section 3.2)."""
+        """x (B, blocks * n, C), noisy: a block sees itself and clean ones before it (BD3-LM, section 3.2)."""
         at, key = (torch.arange(z, device=x.device) for z in (x.shape[1], past.keys.shape[2]))
         query, key = at // past.block, key // past.block
         noisy = (query[:, None] == query).expand(len(x), 1, -1, -1)
         if seq.valid is not None:
             noisy = noisy & seq.valid.view(len(x), 1, 1, -1)
         clean = past.real[:, None, None] & (key < query[:, None])
-        return View(rotation(at, self.N), past.real, torch.cat([clean, noisy], -1), False)
-
+        return rotation(at, self.N), past.real, torch.cat([clean, noisy], -1), False
 
 def rotation(at, N):
     """Positions -> cos and sin of the angles of rotary embeddings (theta 10,000)."""
     angles = at.unsqueeze(-1).float() * 10_000 ** -(torch.arange(N // 2, device=at.device) / (N // 2))
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary positions: x (B,H,T,N); cos, sin (T, N/2) or (B,1,T,N/2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-
 TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
-
 
 def pattern(cfg):
     """The mixer of every layer."""
     names = cfg.mixer.split(",")
     return [names[i % len(names)] for i in range(cfg.n_layer)]
 
-
 def direction(cfg):
     """cfg.direction, or what the mixers do by themselves."""
     return cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]
 
-
 # ---- latents: a vector beside the text ----
 
 class LatentPrefix(nn.Module):
-    """A latent as P prefix tokens, each with a type embedding. Holds mean and scale of the latents trained on."""
+    """A latent as P prefix tokens, each with a type embedding. Holds the training latents' mean and scale."""
 
     def __init__(self, cfg):
         super().__init__()
         self.project = nn.Linear(cfg.latent_dim, cfg.latent_prefix_len * cfg.n_embd)
         self.type_emb = nn.Parameter(torch.randn(cfg.latent_prefix_len, cfg.n_embd))
         self.register_buffer("mean", torch.zeros(cfg.latent_dim))
-        self.register_buffer("std", torch.ones(()))        # one for all dimensions: distances stay in proportion
+        self.register_buffer("std", torch.ones(()))        # one for all: distances stay in proportion
 
     @staticmethod
     def check(cfg):
         if direction(cfg) == "block":
             raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")
         if direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
-            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; choose "
-                             "text or both, or direction=bidirectional")
+            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; "
+                             "choose text or both, or direction=bidirectional")
         if cfg.latent_dim < 1 or cfg.latent_prefix_len < 1:
-            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: give at least 1 each")
+            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: "
+                             "give at least 1 each")
 
     def forward(self, z):
         """z (B,D), noisy -> (B,P,C)."""
         return self.project(z).unflatten(-1, self.type_emb.shape) + self.type_emb
 
     def normalise(self, z):
-        """Latents (B,D) as in files -> of mean 0 and mean variance 1; rows of zeros, which are no latent, stay so."""
+        """Latents (B,D) of a file -> mean 0, mean variance 1; rows of zeros, which are no latent, stay so."""
         return (z - self.mean) / self.std * (z != 0).any(-1, keepdim=True)
 
     def restore(self, z):
         """The inverse."""
         return z * self.std + self.mean
-
 
 class LatentHead(nn.Module):
     """Predicts the latent from the mean of the text's outputs, from the prefix's outputs, or from both."""
@@ -634,7 +593,6 @@ class LatentHead(nn.Module):
         if not self.prefix:
             return self.mlp(text)
         return self.mlp(torch.cat([text, prefix.flatten(1)], -1) if self.text else prefix.flatten(1))
-
 
 class TextLatentEncoder(nn.Module):
     """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs;
@@ -655,21 +613,21 @@ class TextLatentEncoder(nn.Module):
     @staticmethod
     def check(cfg):
         if not cfg.latent_dim:
-            raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: give latent_dim")
+            raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: "
+                             "give latent_dim")
         if cfg.latent_encoder == "rwkv_pool" and "rwkv7" not in pattern(cfg):
-            raise ValueError(f"latent_encoder=rwkv_pool reads RWKV-7 states, which mixer={cfg.mixer} has not: "
-                             "choose latent_encoder=mlp")
+            raise ValueError("latent_encoder=rwkv_pool reads RWKV-7 states, "
+                             f"which mixer={cfg.mixer} has not: choose latent_encoder=mlp")
 
     def forward(self, out, lengths=None):
         """out: the Output for clean text -> mu, logvar, each (B,D)."""
         if self.query is None:
             h = mean_over(out.hidden, real_tokens(out.hidden, lengths))
         else:
-            states = (out.state[i].mix.float() for i in self.layers)
-            h = torch.cat([torch.einsum("bhij,hj->bhi", s, q).flatten(1) for s, q in zip(states, self.query)], -1)
+            states = torch.stack([out.state[i].mix.float() for i in self.layers], 1)
+            h = torch.einsum("blhij,lhj->blhi", states, self.query).flatten(1)
         h = self.mlp(self.ln(h))
         return self.mu(h), self.logvar(h).clamp(-10, 10)
-
 
 class LatentPrior(nn.Module):
     """p(z) of Stage II: N(0, 1), or a Gaussian whose mean and variance are learned."""
@@ -683,7 +641,6 @@ class LatentPrior(nn.Module):
         """eps (B,D), standard normal -> z (B,D)."""
         return self.mu + (0.5 * self.logvar).exp() * eps
 
-
 # ---- the block and the network ----
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -692,7 +649,6 @@ CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUS
            "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"),
            "latent_pred_from": ("text", "prefix", "both"), "latent_encoder": ("none", "mlp", "rwkv_pool"),
            "latent_prior": ("fixed", "learned")}
-
 
 class ChannelMix(nn.Module):
     """RWKV-7 channel mixing: token shift and a squared-ReLU MLP."""
@@ -710,7 +666,6 @@ class ChannelMix(nn.Module):
             k, = shift_mix(seq.shifted(x, self.reach), last, self.x_k, self.reach)
         return self.value(squared_relu(self.key(k))), seq.last(x, last)
 
-
 class Block(nn.Module):
     """x + mixer(x), then x + channel mix(x), each normed and conditioned on the noise level."""
 
@@ -725,43 +680,44 @@ class Block(nn.Module):
     def check(cfg):
         for name in pattern(cfg):
             if name not in TIME_MIXERS:
-                raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
+                raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: "
+                                 f"choose from {', '.join(TIME_MIXERS)}")
             if direction(cfg) not in (can := TIME_MIXERS[name].directions):
-                raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
+                raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: "
+                                 f"choose one of {', '.join(can)}")
         if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
-            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: choose direction=bidirectional, "
-                             "or ffn_shift=before")
+            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: "
+                             "choose direction=bidirectional, or ffn_shift=before")
 
     def forward(self, x, state, seq, carry):
-        """x (B,T,C), the layer's state or None, seq, carry -> x, the state after the last token, the new carry."""
+        """x (B,T,C), the layer's state or None, seq, carry -> x, state after the last token, new carry."""
         cond1, cond2 = self.cond(seq.time)
         y, mix, att_shift, carry = self.att(cond1.before(self.ln1(x)), state, seq, carry)
         x = x + cond1.after(y)
         y, ffn_shift = self.ffn(cond2.before(self.ln2(x)), state, seq)
         return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift), carry
 
-
 def norm(cfg):
     return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
-
 
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None)
+        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None,
+                    before=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
-    t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
-    latent: (B,D), where cfg.latent_dim: normalised, with the noise of level latent_t (B,), None = 0; read as a prefix of P
-    tokens. A row of zeros has none, and its text gives what it gives without `latent`, as all rows do where it is None.
-    state: the `out.state` after a prefix, to go on from. A causal network takes the text in parts of any length, one of
-    blocks in whole blocks, a bidirectional one takes what it is given as one block: state flows only forward.
-    lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: not the row's logits, nor
-    its state, nor what DW-JRT seeds.
-    clean: a pass of finished text, for its state: the forward scan alone (attention: by blocks), without seeds.
-    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows: given to a pass
-    over the same text as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text before it. All at
-    once, this is what going on block by block from a carried state gives.
+    t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, if there are blocks).
+    latent: (B,D), where cfg.latent_dim: normalised, with the noise of level latent_t (B,), None = 0; a prefix
+    of P tokens. A row of zeros has none, and its text gives what it gives without `latent`.
+    state: the `out.state` after a prefix, to go on from. A causal network takes text in parts of any length,
+    one of blocks in whole blocks, a bidirectional one takes x as one block: state flows only forward.
+    lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: neither the
+    row's logits nor its state, nor what DW-JRT seeds.
+    clean: finished text, read for its state: the forward scan alone (attention: by blocks), without seeds.
+    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows:
+    if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text
+    before it. All at once, this is what going on block by block from a carried state gives.
     before: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
     """
 
@@ -793,7 +749,8 @@ class Denoiser(nn.Module):
         """ValueError, in one line with the repair, for a config that no network can be built from."""
         N = cfg.head_size
         if N not in HEAD_SIZES:
-            raise ValueError(f"head_size={N} is not supported: choose one of {', '.join(map(str, HEAD_SIZES))}")
+            sizes = ", ".join(map(str, HEAD_SIZES))
+            raise ValueError(f"head_size={N} is not supported: choose one of {sizes}")
         if cfg.n_embd < 1 or cfg.n_embd % N:
             raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={N}: "
                              f"choose {max(1, round(cfg.n_embd / N)) * N}")
@@ -812,16 +769,16 @@ class Denoiser(nn.Module):
         if cfg.dw_jrt:
             DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
-    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None,
-                before=None):
+    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False,
+                every=None, before=None):
         cfg, has_latent, clean = self.cfg, None, clean or every is not None
         time = self.embed_time(x, t, latent_t, lengths)                          # (B,1,C) or (B,T,C) or None
         x = self.embed(x, time, before)                                          # (B,T,C)
         if latent is not None:
             if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean:
                 takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
-                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, and only with "
-                                 "whole rows, not with a state")
+                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, "
+                                 "and only with whole rows, not with a state")
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
         seq = Sequence.of(x, cfg, time, lengths, clean, every, has_latent)
@@ -879,29 +836,28 @@ class Denoiser(nn.Module):
             logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)          # (B,T,V)
         if cfg.latent_dim:
             text = mean_over(h, real_tokens(h, lengths))                         # (B,C)
-            prefix = h.new_zeros(len(h), P, cfg.n_embd) if prefix is None else prefix * has_latent[:, None, None]
-            latent = self.latent_head(prefix, text).float()                      # (B,D)
+            if prefix is None:
+                prefix, has_latent = h.new_zeros(len(h), P, cfg.n_embd), h.new_ones(len(h))
+            latent = self.latent_head(prefix * has_latent[:, None, None], text).float()      # (B,D)
         return Output(logits, h, latent, self.vector(h) if cfg.gaussian else None, states)
 
     def table(self):
-        """The embeddings of the V tokens, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
+        """The V tokens' embeddings, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
         return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
 
     def posterior(self, x, lengths=None):
-        """Stage II's q(z|x) for clean text x (B,T) -> mu, log variance (B,D), and the text's mean output (B,C)."""
+        """Stage II's q(z|x), x (B,T) clean text -> mu, log variance (B,D), the text's mean output (B,C)."""
         out = self(x, lengths=lengths)
         mu, logvar = self.latent_encoder(out, lengths)
         return mu.float(), logvar.float(), mean_over(out.hidden, real_tokens(x, lengths)).float()
 
-
 def mask_share(masked, n, lengths):
-    """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) where one block is all."""
+    """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) for one block."""
     (B, T), real = masked.shape, real_tokens(masked, lengths)
     real = torch.ones_like(masked) if real is None else real
     count, of = (F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1) for z in (masked & real, real))
     share = count / of.clamp_min(1)
     return share[:, 0] if n >= T else share.repeat_interleave(n, 1)[:, :T]
-
 
 def weight_bytes(cfg):
     """At least what the weights take in memory, bytes, before anything is built."""
@@ -912,7 +868,6 @@ def weight_bytes(cfg):
     outside = cfg.vocab_size * C * embeddings + cfg.latent_dim * cfg.latent_prefix_len * C
     return 4 * (cfg.n_layer * layer + outside)
 
-
 def in_memory(need, what):
     """ValueError if `need` bytes are more than this machine has."""
     try:
@@ -920,15 +875,13 @@ def in_memory(need, what):
     except (ValueError, OSError, AttributeError):      # a system that does not say
         return
     if need > have:
-        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, this machine has {have / 2**30:.1f}: choose "
-                        "smaller sizes")
-
+        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, "
+                        f"this machine has {have / 2**30:.1f}: choose smaller sizes")
 
 # ---- initialisation, parameter kinds, optimizers: RWKV-LM's RWKV-v7/train_temp ----
 
 def head_gain(cfg):
     return 0.5 * max(1, cfg.vocab_size / cfg.n_embd) ** 0.5
-
 
 def initial(cfg):
     """{name: f(p, i)}: what parameter p of layer i starts as; what has no row keeps what its module set."""
@@ -964,7 +917,7 @@ def initial(cfg):
         "att.k_k": lambda p, i: 0.71 - linear * 0.1,
         "att.k_a": full(1.02), "att.r_k": full(-0.04),
         **{f"att.{q}1": full(0) for q in "wavg"}, **{f"att.{q}2": low_rank for q in "wavg"},
-        "att.decay": lambda p, i: torch.logspace(-2, 0.5, C).expm1().log(),    # its softplus: 0.01 ... 3 per token
+        "att.decay": lambda p, i: torch.logspace(-2, 0.5, C).expm1().log(),    # softplus: 0.01 ... 3 / token
         "att.bonus": lambda p, i: math.log(0.3) + zigzag * 0.5,
         "att.fuse.w_b": full(1), "att.fuse.mix.weight": lambda p, i: torch.eye(C).repeat(1, 2),
         "att.query.weight": orthogonal(1.0), "att.receptance.weight": orthogonal(1.0),
@@ -980,7 +933,6 @@ def initial(cfg):
         rows["emb.weight"] = orthogonal(0.5)
     return rows
 
-
 def init_weights(model):
     rows = initial(model.cfg)
     for name, p in model.named_parameters():
@@ -990,13 +942,12 @@ def init_weights(model):
         if make := rows.get(row.replace("att.back.", "att.")):
             p.data.copy_(make(p, int(i)).view(p.shape))
 
-
 def parameter_kinds(model):
     """[(name, parameter, kind, lr multiplier, decayed)]: what an optimizer must know of each parameter.
 
-    kind: emb, head, matrix (a block's big matrices), norm (and biases), scalar (DW-JRT gates), vector (all else: shifts,
-    low-rank paths). A tied embedding is a head.
-    As in RWKV-LM's train_temp, w0 learns at twice the rate and weight decay touches only `.weight` matrices.
+    kind: emb, head (also a tied embedding), matrix (a block's big ones), norm (and biases), scalar (DW-JRT
+    gates), vector (all else: shifts, low-rank paths). As in RWKV-LM's train_temp, w0 learns at twice the rate
+    and weight decay touches only `.weight` matrices.
     """
     def kind(name):
         if name in ("emb.weight", "head.weight"):
@@ -1010,38 +961,36 @@ def parameter_kinds(model):
     return [(n, p, kind(n), 2.0 if "att.w0" in n else 1.0, n.endswith(".weight") and p.squeeze().dim() >= 2)
             for n, p in model.named_parameters()]
 
-
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn="original", the Newton-Schulz iterations of all matrices of one shape as batched
-    products: the same update in half the time, where matrices are small and many. Sharded parameters take torch's way."""
+    """torch.optim.Muon with adjust_lr_fn="original", its Newton-Schulz iterations batched over matrices of
+    one shape: the same update in half the time, where matrices are small and many."""
 
     @torch.no_grad()
     def step(self):
         if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
-            return super().step()
+            return super().step()                      # sharded parameters take torch's own way
         for group in self.param_groups:
-            params, grads, means = [], [], []
+            params, grads, means, alike = [], [], [], {}
             self._init_group(group, params, grads, means)
             if not params:                             # none of them learns at present
                 continue
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            alike = {}
             for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
                 rate = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
                 if p.shape[0] > p.shape[1]:            # tall ones lie down
                     p, update = p.mT, update.mT
                 alike.setdefault(p.shape, []).append((p, update, rate))
-            for shape, some in alike.items():
+            for shape, rows in alike.items():
                 n = max(1, 2**24 // shape.numel())     # large ones fill the machine by themselves
-                for part in (some[i:i + n] for i in range(0, len(some), n)):
-                    params, updates, rates = zip(*part)
+                for at in range(0, len(rows), n):
+                    params, updates, rates = zip(*rows[at:at + n])
                     for p, update, rate in zip(params, self.orthogonal(updates, group), rates):
                         p.add_(update, alpha=-rate)
 
     def orthogonal(self, updates, group):
-        """Matrices of one shape, none of them tall -> (n, rows, columns), near their nearest semi-orthogonal ones."""
+        """Matrices of one shape, none tall -> (n, rows, columns), near the nearest semi-orthogonal ones."""
         x = torch.stack(updates)
         x = x.bfloat16() if muon_in_bf16(x.device) else x.float()
         x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
@@ -1051,15 +1000,13 @@ class Muon(torch.optim.Muon):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
 
-
 def muon_in_bf16(device):
-    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step where
-    bfloat16 is fast: else rounding grows until one process and two are no longer the same run."""
+    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step
+    where bfloat16 is fast: otherwise rounding grows until one process and two are no longer the same run."""
     return device.type != "cpu" and fast_bf16(device)
 
-
 def muon_rows(model, cfg):
-    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate for each kind of parameter."""
+    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate per kind of parameter."""
     rates = dict(emb=cfg.wte_lr, head=cfg.head_lr, norm=cfg.ln_lr, scalar=cfg.lambda_lr, vector=cfg.adam_lr)
     groups = {}
     for _, p, kind, scale, _ in parameter_kinds(model):
@@ -1068,7 +1015,6 @@ def muon_rows(model, cfg):
     adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
     return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
             Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)]
-
 
 def adamw_rows(model, cfg):
     """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
@@ -1081,12 +1027,20 @@ def adamw_rows(model, cfg):
             for (scale, decayed), ps in groups.items()]
     return [torch.optim.AdamW(rows, betas=(0.9, 0.99), eps=1e-18, fused=True)]
 
-
-# name -> f(model, cfg) -> [torch optimizer]; cfg has the rates of train.py's settings
-OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}
-
+OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}      # (model, cfg with train.py's rates) -> [optimizer]
 
 # ---- checkpoints: plain tensors and dicts, written whole or not at all ----
+
+# What RWKV-7 weights have at least, and in how many dimensions.
+OFFICIAL = {"emb.weight": 2, "head.weight": 2, "ln_out.weight": 1, "blocks.0.ln0.weight": 1,
+            "blocks.0.att.r_k": 2, "blocks.0.att.w1": 2, "blocks.0.att.a1": 2, "blocks.0.att.g1": 2,
+            "blocks.0.ffn.key.weight": 2}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
+SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "mixer",
+          "rank_w", "rank_a", "rank_v", "rank_g")
+# What pretrained weights may lack: DW-JRT, backward scan, noise level, latents; only DW-JRT changes logits.
+ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
 
 def save_checkpoint(path, content):
     """Written whole or not at all (configurator.written). UserError if the folder cannot be written."""
@@ -1094,16 +1048,15 @@ def save_checkpoint(path, content):
     with written(path) as f:
         torch.save(content, f)
 
-
 def load_checkpoint(path):
-    """A file of tensors -> dict on the CPU. ValueError in one line if it is missing, truncated or not such a file. Its
-    claims of size are compared with the file before memory is taken."""
+    """A file of tensors -> dict on the CPU. ValueError, in one line, if it is missing, truncated or foreign.
+    Its claims of size are compared with the file before memory is taken."""
     if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path} does not exist: train first, or give the path of a .pt or .pth file")
-    size, content = os.path.getsize(path), read_tensors(path)
+        raise ValueError(f"checkpoint {path} does not exist: train first, or give a .pt or .pth file")
+    content, size = read_tensors(path), os.path.getsize(path)
     if not isinstance(content, dict) or not any(isinstance(v, (Tensor, dict)) for v in content.values()):
-        raise ValueError(f"checkpoint {path} holds no weights: "
-                         "give a checkpoint of train.py or an official RWKV-7 .pth")
+        raise ValueError(f"checkpoint {path} holds no weights: give a checkpoint of train.py or an official "
+                         "RWKV-7 .pth")
     if "model_config" not in content:
         content = unwrapped(content)
     if "model_config" not in content:
@@ -1121,9 +1074,8 @@ def load_checkpoint(path):
         raise ValueError(f"checkpoint {path} holds no weights: it is damaged")
     return content
 
-
 def read_tensors(path):
-    """What a .safetensors file or one of torch.save holds; ValueError in one line where it cannot be read."""
+    """What torch.save or safetensors wrote; ValueError, in one line, for anything else."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -1135,7 +1087,8 @@ def read_tensors(path):
                     raise ValueError("it is compressed")
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth file") from None
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth "
+                         "file") from None
     except pickle.UnpicklingError as e:
         raise ValueError(f"checkpoint {path} is not a file of plain tensors and is not loaded, for safety: "
                          f"{str(e).split('.')[0]}") from None
@@ -1143,108 +1096,99 @@ def read_tensors(path):
         raise ValueError(f"checkpoint {path} cannot be read ({' '.join(str(e).split())[:80]}): "
                          "it is truncated or no checkpoint") from None
 
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
-PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
-
-
 def unwrapped(content):
     """The weights in another trainer's file, under their own names."""
     while inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None):
         content = inner
-    while prefix := next((p for p in PREFIXES if content and all(str(name).startswith(p) for name in content)), None):
+    while content:
+        prefix = next((p for p in PREFIXES if all(str(name).startswith(p) for name in content)), None)
+        if prefix is None:
+            break
         content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
-
 def check_weights(weights, size, path):
-    """ValueError unless `weights` are plain dense tensors, together no larger than the file of `size` bytes."""
-    def plain(x):
-        dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
-        return dense and not x.is_quantized and not x.is_complex()
+    """ValueError unless `weights` are plain dense tensors, together no larger than `size` bytes, the file."""
+    def dense(x):
+        return (isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+                and not x.is_quantized and not x.is_complex())
 
-    names = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
-    odd = [name for name, x in weights.items() if not plain(x)] if names else []
-    if not names or odd:
-        what = f"{odd[0]} is {type(weights[odd[0]]).__name__}, " if odd else ""
-        raise ValueError(f"checkpoint {path} must map names to plain dense tensors ({what}sparse and quantised ones "
-                         "are not read): give a checkpoint of train.py or an official RWKV-7 .pth")
+    named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+    odd = next((name for name, x in weights.items() if not dense(x)), None) if named else None
+    if not named or odd:
+        what = f"{odd} is {type(weights[odd]).__name__}, " if odd else ""
+        raise ValueError(f"checkpoint {path} must map names to plain dense tensors ({what}sparse and "
+                         "quantised ones are not read): "
+                         "give a checkpoint of train.py or an official RWKV-7 .pth")
     if (claim := state_bytes(list(weights.values()))) > size:
-        raise ValueError(f"checkpoint {path} claims tensors of {claim:,} bytes, the file has {size:,}: it is damaged")
-
+        raise ValueError(f"checkpoint {path} claims tensors of {claim:,} bytes, the file has {size:,}: "
+                         "it is damaged")
 
 def block_numbers(weights):
-    """-> those of a state dict's blocks, and whether any is missing between 0 and the last."""
+    """-> the numbers of a state dict's blocks, as text, and whether one is missing between 0 and the last."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
     return blocks, blocks != set(map(str, range(len(blocks))))
 
-
 def own_config(content, path):
-    """ModelConfig of a checkpoint of train.py. ValueError for fields of a newer version, for values of another type, and
-    for sizes that are not those of its weights."""
-    known, given, weights = {f.name: f.default for f in fields(ModelConfig)}, content["model_config"], content["model"]
-    if newer := [str(key) for key in given if key not in known]:
+    """ModelConfig of a checkpoint of train.py. ValueError for fields of a newer version, for values of
+    another type, and for sizes that are not those of its weights."""
+    given, weights, rows = content["model_config"], content["model"], merge([section(ModelConfig)], {})
+    if newer := [str(key) for key in given if key not in rows]:
         raise ValueError(f"checkpoint {path} was written by another version of this code, which has "
                          f"{', '.join(newer[:4])}: use that one")
-    kinds = {key: (int, float) if type(default) is float else (type(default),) for key, default in known.items()}
+    kinds = {key: {type(row.default)} for key, row in rows.items()}
+    kinds |= {key: {int, float} for key, kind in kinds.items() if kind == {float}}
     if wrong := [f"{key}={short(value)}" for key, value in given.items() if type(value) not in kinds[key]]:
         raise ValueError(f"checkpoint {path} is damaged: its model_config has {', '.join(wrong[:4])}")
-    rows = merge([section(ModelConfig)], {})
     for key, value in given.items():
         checked(key, value, rows[key], path)
-    cfg = ModelConfig(**given)
-    blocks, holes = block_numbers(weights)
+    cfg, (blocks, holes) = ModelConfig(**given), block_numbers(weights)
     table = tuple(weights["emb.weight"].shape) if "emb.weight" in weights else ()
     if holes or len(blocks) != cfg.n_layer or table != (cfg.vocab_size + 1, cfg.n_embd):
         raise ValueError(f"checkpoint {path} is damaged: it says n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, "
-                         f"vocab_size={cfg.vocab_size}, its weights are {len(blocks)} blocks and an embedding of {table}")
+                         f"vocab_size={cfg.vocab_size}, "
+                         f"its weights are {len(blocks)} blocks and an embedding of {table}")
     return cfg
 
-
-# What official RWKV-7 weights have at least, and in how many dimensions.
-OFFICIAL = {"emb.weight": 2, "head.weight": 2, "ln_out.weight": 1, "blocks.0.ln0.weight": 1, "blocks.0.att.r_k": 2,
-            "blocks.0.att.w1": 2, "blocks.0.att.a1": 2, "blocks.0.att.g1": 2, "blocks.0.ffn.key.weight": 2}
-
-
 def official_config(weights, path, **overrides):
-    """ModelConfig of an official RWKV-7 state dict, read from its shapes. ValueError names the keys that are missing."""
+    """ModelConfig of an official RWKV-7 state dict, from its shapes. ValueError names missing keys."""
     if missing := [k for k in OFFICIAL if k not in weights]:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: "
+                         f"it lacks {', '.join(missing)}")
     check_weights(weights, math.inf, path)
-    shapes = {k: weights[k].squeeze().shape for k in OFFICIAL}
-    if flat := [k for k in OFFICIAL if len(shapes[k]) != OFFICIAL[k]]:
+    shapes = {k.removeprefix("blocks.0."): weights[k].squeeze().shape for k in OFFICIAL}
+    if flat := [k for k, dims in OFFICIAL.items() if weights[k].squeeze().dim() != dims]:
         raise ValueError(f"{path} is not RWKV-7 weights: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")
     blocks, holes = block_numbers(weights)
     if holes:
-        raise ValueError(f"{path} is not RWKV-7 weights: blocks are missing between 0 and {max(blocks, key=len)[:12]}")
-    ranks = {f"rank_{q}": shapes[f"blocks.0.att.{q}1"][1] for q in "wag"}
-    v1 = weights.get("blocks.1.att.v1")
-    (V, C), N = shapes["emb.weight"], shapes["blocks.0.att.r_k"][1]
-    own = dict(n_layer=len(blocks), n_embd=C, head_size=N, vocab_size=V, dim_ffn=shapes["blocks.0.ffn.key.weight"][0],
-               rank_v=0 if v1 is None else v1.squeeze().shape[1], **ranks)
+        raise ValueError(f"{path} is not RWKV-7 weights: "
+                         f"blocks are missing between 0 and {max(blocks, key=len)[:12]}")
+    (V, C), v1 = shapes["emb.weight"], weights.get("blocks.1.att.v1")
+    own = dict(n_layer=len(blocks), n_embd=C, head_size=shapes["att.r_k"][1], vocab_size=V,
+               dim_ffn=shapes["ffn.key.weight"][0], rank_w=shapes["att.w1"][1], rank_a=shapes["att.a1"][1],
+               rank_g=shapes["att.g1"][1], rank_v=0 if v1 is None else v1.squeeze().shape[1])
     refuse_other_shapes(path, "the file", overrides, own)
     return ModelConfig(**(overrides | own))
 
-
-def refuse_other_shapes(path, who, asked, own):
-    """ValueError for settings that are not what the file has; 0 stands for that."""
-    if clash := [f"{k}={asked[k]} ({who} has {v})" for k, v in own.items() if asked.get(k, v) not in (v, 0)]:
-        raise ValueError(f"{path} has another shape than asked for: {', '.join(clash)}; leave these settings out")
-
+def refuse_other_shapes(path, what, asked, own):
+    """ValueError for settings that are not those of the file; 0 stands for the file's."""
+    if clash := [f"{k}={asked[k]} ({what} has {v})" for k, v in own.items() if asked.get(k, v) not in (v, 0)]:
+        raise ValueError(f"{path} has another shape than asked for: {', '.join(clash)}; "
+                         "leave these settings out")
 
 def from_pretrained(path, content=None, /, **overrides):
-    """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: fields of ModelConfig but SHAPES.
-
-    An official file has no row for the mask and no DW-JRT gates: those start as at initialisation. ValueError, in one
-    line, for a file that is missing, truncated, foreign, or of another shape. content: what load_checkpoint gave already.
-    """
+    """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: ModelConfig fields but SHAPES.
+    An official file has no row for the mask and no DW-JRT gates: those start as at initialisation.
+    content: from load_checkpoint, if known. ValueError, in one line, also for files of another shape."""
     content = load_checkpoint(path) if content is None else content
     if "model_config" in content:
         cfg, weights = own_config(content, path), content["model"]
         if "averaged" in content:              # what was evaluated while training
-            weights = {k.removeprefix("module."): v for k, v in content["averaged"].items() if k != "n_averaged"}
-        refuse_other_shapes(f"checkpoint {path}", "the checkpoint", overrides, {k: getattr(cfg, k) for k in SHAPES})
-        model = Denoiser(replace(cfg, **{k: v for k, v in overrides.items() if k not in SHAPES}))
+            averaged = content["averaged"].items()
+            weights = {k.removeprefix("module."): v for k, v in averaged if k != "n_averaged"}
+        own = {k: getattr(cfg, k) for k in SHAPES}
+        refuse_other_shapes(f"checkpoint {path}", "the checkpoint", overrides, own)
+        model = Denoiser(replace(cfg, **(overrides | own)))
     else:
         weights = dict(content)
         model = Denoiser(official_config(weights, path, **overrides))
@@ -1255,16 +1199,8 @@ def from_pretrained(path, content=None, /, **overrides):
     load_weights(model, weights, path)
     return model
 
-
-SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "mixer")
-
-# What pretrained weights may lack: DW-JRT, the backward scan, the noise level, latents. All start without effect on the
-# logits, except DW-JRT.
-ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
-
-
 def load_weights(model, weights, path):
-    """Copy a state dict into the model, whatever its dtype; only ADDED parameters may be absent. ValueError else."""
+    """Copy a state dict into the model, whatever its dtype; ValueError unless only ADDED ones are absent."""
     own = model.state_dict()
     for name, module in model.named_modules():
         if name.endswith(".fuse"):         # a causal checkpoint: at first the forward scan alone
@@ -1272,33 +1208,32 @@ def load_weights(model, weights, path):
     if model.cfg.copy_back:
         sources = {k: k.replace(".back.", ".") for k in own}
         weights = {k: weights[source] for k, source in sources.items() if source in weights} | weights
-    missing = [k for k in own if k not in weights and not any(part in k for part in ADDED)]
-    strange = [k for k in weights if k not in own and ".jrt." not in k]
-    wrong = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-             if k in weights and weights[k].numel() != v.numel()]
     if broken := [k for k, v in weights.items() if k in own and not torch.isfinite(v).all()]:
         raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: "
                          "the run that wrote it diverged; use an earlier checkpoint")
-    for what, keys in (("lacks", missing), ("has unknown", strange), ("has another shape in", wrong)):
+    found = {k: weights[k] for k in own if k in weights}
+    complaints = {"lacks": [k for k in own if k not in weights and not any(part in k for part in ADDED)],
+                  "has unknown": [k for k in weights if k not in own and ".jrt." not in k],
+                  "has another shape in": [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+                                           for k, v in found.items() if v.numel() != own[k].numel()]}
+    for what, keys in complaints.items():
         if keys:
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             raise ValueError(f"{path} {what} {', '.join(keys[:4])}{more}: it was made by another model; "
                              "give the settings it was trained with")
-    model.load_state_dict({k: weights[k].reshape(v.shape).to(v.dtype) if k in weights else v for k, v in own.items()})
-
+    model.load_state_dict(own | {k: v.reshape(own[k].shape).to(own[k].dtype) for k, v in found.items()})
 
 # ---- the machine ----
 
 def compile_blocks(model, on=True):
-    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code, so that it is
-    compiled once for the first and once for all others: the whole network would take a minute for every ten layers."""
+    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code: it is
+    compiled for the first one and once for all others. The whole network would take a minute per ten layers."""
     def compiled(plain):
         fast = torch.compile(plain, dynamic=False)         # with shapes left open it takes minutes
         return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
 
     for block in model.blocks:
         block._compiled_call_impl = compiled(block._call_impl) if on else None
-
 
 def fast_bf16(device):
     """Does this device multiply bf16 matrices natively?"""
@@ -1307,28 +1242,26 @@ def fast_bf16(device):
     tests = (getattr(torch.cpu, f"_is_{what}_supported", bool) for what in ("avx512_bf16", "amx_tile"))
     return device.type == "cpu" and any(test() for test in tests)
 
-
 def open_device(name, local=0):
-    """auto | cpu | cuda | cuda:1 | mps -> torch.device; `local`: which GPU "cuda" is. ValueError if it is not there."""
+    """auto | cpu | cuda | cuda:1 | mps -> torch.device; local: which GPU "cuda" is. ValueError for others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.zeros(1, device=device).cpu()
         return device
-    except Exception as e:                 # what a build of torch without it, a driver or a wrong name can raise
+    except Exception as e:                 # what a build of torch, a driver or a wrong name can raise
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        said = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"device={name} cannot be used here ({said[:100]}): there is {there}") from None
-
 
 def tune_cpu():
     """Two settings that make a training step 1.5x faster; both leave results as exact as before.
 
-    glibc hands large freed blocks back to the kernel, so that every step pays for fresh pages again: keep them. And MKL
-    runs float32 products slowly on AMD: allowing bf16 sends them to oneDNN, which still computes in float32 where the
-    processor has no matrix unit (AMX) for bf16. Whether it does so here is tried, and the setting taken back if a product
-    comes out rounded.
+    glibc hands large freed blocks back to the kernel, so that every step pays for fresh pages: keep them. MKL
+    is slow at float32 products on AMD: allowing bf16 sends them to oneDNN, which still computes in float32
+    where there is no bf16 matrix unit (AMX). A product tells; if it comes out rounded, the setting is taken
+    back.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

@@ -32,7 +32,8 @@ def ids(B, T):
 
 def flat(state):
     """All tensors of a state, in order."""
-    return [z for layer in state for part in layer if part is not None for z in (part if isinstance(part, tuple) else [part])]
+    parts = [z for layer in state for part in layer for z in (part if isinstance(part, tuple) else [part])]
+    return [z for z in parts if z is not None]
 
 
 @torch.no_grad()
