@@ -86,7 +86,8 @@ class Sequence:
     T: int
     back_block: int               # the backward scan stays inside such blocks; 0 = there is none
     seen_block: int               # attention: a token sees its own block and those before; 1 = causal
-    seed_block: int               # DW-JRT: each such block starts from a seed; 0 = no seeds
+    seeded: bool                  # DW-JRT: do layers hand on their final states?
+    pieces: int                   # ... of so many parts of the sequence, each seeded by its own
     clean: bool                   # finished text: the forward scan alone
     every: Optional[int]          # keep the states at 0, every, 2 * every, ...
     time: Optional[Tensor]        # (B,1,C) or (B,T,C), the embedded noise level
@@ -101,7 +102,8 @@ class Sequence:
         (B, T), way = x.shape[:2], direction(cfg)
         block = {"causal": 0, "bidirectional": T}.get(way, min(cfg.block_size, T))
         seen = (every or cfg.block_size) if clean else block
-        seed = (block or T) if cfg.dw_jrt and not clean else 0
+        seeded = cfg.dw_jrt and not clean
+        pieces = -(-T // block) if seeded and block else 1
         valid, back_valid, last_at = real_tokens(x, lengths), None, None
         if lengths is not None:
             last_at = torch.arange(B, device=x.device) * T + lengths - 1
@@ -111,8 +113,8 @@ class Sequence:
         if block and (valid is not None or T % block):
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
-        return cls(B, T, block, 1 if way == "causal" else seen, seed, clean, every, time, valid, back_valid,
-                   last_at, has_latent is not None)
+        return cls(B, T, block, 1 if way == "causal" else seen, seeded, pieces, clean, every, time, valid,
+                   back_valid, last_at, has_latent is not None)
 
     def last(self, x, before):
         """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` those before
@@ -389,18 +391,18 @@ class RWKV7(Mixer, Scan7):
 
     def forward(self, x, state, seq, carry):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        one = not 0 < seq.seed_block < seq.T           # else each block has a seed of its own
-        if one:
-            s0, leak = self.start(s0, carry.seeds[0] if carry.seeds else None)
+        seeds = carry.seeds or [None] * seq.pieces
+        if seq.pieces == 1:
+            s0, leak = self.start(s0, seeds[0])
             scan = dict(s0=s0, leak=leak, every=seq.every)
         else:
-            scan = dict(scan=lambda *inputs: self.scan_blocks(inputs, s0, seq, carry.seeds))
+            scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
         y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
-        ends = [s] if one else s                       # final states, one per seeded block
+        ends = [s] if seq.pieces == 1 else s           # the state after each piece
         s = ends[-1]
         if seq.every:                                  # states at block starts are rows of their own
             s = s[:, :-(-seq.T // seq.every)].flatten(0, 1)
-        if seq.seed_block:
+        if seq.seeded:
             carry = carry._replace(seeds=ends)
         if carry.v_first is None:
             carry = carry._replace(v_first=v)
@@ -422,12 +424,12 @@ class RWKV7(Mixer, Scan7):
                              "use dw_jrt_inject=gate for blocks and for going on from a state")
         return self.jrt(seed, s0)
 
-    def scan_blocks(self, inputs, s0, seq, seeds):
+    def scan_pieces(self, inputs, s0, seq, seeds):
         """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed
         -> y (B,T,H,N), the states after the blocks."""
-        n, ys, ends = seq.seed_block, [], []
-        for i, block in enumerate(zip(*(z.split(n, 1) for z in inputs))):
-            y, end = wkv7_leaky(*block, *self.start(s0, seeds[i] if seeds else None))
+        n, ys, ends = seq.back_block, [], []
+        for i, (seed, *piece) in enumerate(zip(seeds, *(z.split(n, 1) for z in inputs))):
+            y, end = wkv7_leaky(*piece, *self.start(s0, seed))
             if i and seq.valid is not None:            # a row that has ended is not seeded again
                 end = torch.where(seq.valid[:, i * n, None, None, None], end, s0)
             s0 = end
@@ -1001,7 +1003,7 @@ class Muon(torch.optim.Muon):
         return x
 
 def muon_in_bf16(device):
-    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step
+    """Are Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step
     where bfloat16 is fast: otherwise rounding grows until one process and two are no longer the same run."""
     return device.type != "cpu" and fast_bf16(device)
 
@@ -1226,8 +1228,8 @@ def load_weights(model, weights, path):
 # ---- the machine ----
 
 def compile_blocks(model, on=True):
-    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code: it is
-    compiled for the first one and once for all others. The whole network would take a minute per ten layers."""
+    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code: it
+    is compiled for the first and once for all others; the whole network would take a minute per 10 layers."""
     def compiled(plain):
         fast = torch.compile(plain, dynamic=False)         # with shapes left open it takes minutes
         return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
