@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from configurator import UserError, checked, merge, section, short, written
+from configurator import UserError, checked, merge, section, written
 from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
 @dataclass
@@ -1138,13 +1138,8 @@ def own_config(content, path):
     if newer := [str(key) for key in given if key not in rows]:
         raise ValueError(f"checkpoint {path} was written by another version of this code, which has "
                          f"{', '.join(newer[:4])}: use that one")
-    kinds = {key: {type(row.default)} for key, row in rows.items()}
-    kinds |= {key: {int, float} for key, kind in kinds.items() if kind == {float}}
-    if wrong := [f"{key}={short(value)}" for key, value in given.items() if type(value) not in kinds[key]]:
-        raise ValueError(f"checkpoint {path} is damaged: its model_config has {', '.join(wrong[:4])}")
-    for key, value in given.items():
-        checked(key, value, rows[key], path)
-    cfg, (blocks, holes) = ModelConfig(**given), block_numbers(weights)
+    cfg = ModelConfig(**{key: checked(key, value, rows[key], path) for key, value in given.items()})
+    blocks, holes = block_numbers(weights)
     table = tuple(weights["emb.weight"].shape) if "emb.weight" in weights else ()
     if holes or len(blocks) != cfg.n_layer or table != (cfg.vocab_size + 1, cfg.n_embd):
         raise ValueError(f"checkpoint {path} is damaged: it says n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, "
