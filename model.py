@@ -1,6 +1,6 @@
-"""The network: one Block; RWKV-7, BiWKV or attention as its mixer; directions, DW-JRT, conditioning; initialisation, checkpoints.
+"""The network: a block, its mixers, DW-JRT, noise levels, latents; then optimizers, checkpoints, the machine.
 
-B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; t is the noise level in (0, 1].
+B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; noise level t in (0, 1].
 """
 import ctypes
 import math
@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -16,70 +16,151 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from configurator import UserError, checked, merge, section, short, written
+from configurator import UserError, checked, merge, section, written
 from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
-
 
 @dataclass
 class ModelConfig:
     n_layer: int = 4                # [1, 10000] L, blocks
     n_embd: int = 128               # [16, 1e6] C, channels
     head_size: int = 32             # [16, 128] N, 16 | 32 | 64 | 128
-    vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = what the data has
-    mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; several, as in rwkv7,rwkv7,attention, take turns over the depth
-    direction: str = ""             # who sees whom: causal | bidirectional | block; empty = what the mixer does by itself
+    vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = as in the data
+    mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; rwkv7,rwkv7,attention repeats over the depth
+    direction: str = ""             # who sees whom: causal | bidirectional | block; empty = the mixer's own
     block_size: int = 32            # [1, 1e7] n, tokens in a block
     fusion: str = "add"             # how the forward and the backward scan become one
     tie_directions: bool = False    # both scans use the same projections
-    copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy of the forward one
+    copy_back: bool = True          # causal weights loaded two-way: the backward scan starts as a copy
     time_cond: str = "none"         # how the noise level enters each block
     time_dim: int = 128             # [2, 65536] width of its sinusoidal embedding
     time_inputs: int = 1            # [1, 2] noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
     self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
-    predict: str = "same"           # a token is predicted where it stands, or where the one before it stands, as AR networks learned to
-    latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = what the data has, without latents none
-    latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens a latent enters as
-    latent_pred_from: str = "both"  # what a latent is predicted from: the text's outputs, the prefix's, or both
-    latent_encoder: str = "none"    # Stage II: q(z|x) from the mean of the text's outputs (mlp) or from the layers' final states (rwkv_pool)
+    predict: str = "same"           # a token is predicted at its own place, or (next) at the one before it
+    latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = as in the data, if it has latents
+    latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens that a latent enters as
+    latent_pred_from: str = "both"  # what predicts a latent: the text's outputs, the prefix's, or both
+    latent_encoder: str = "none"    # Stage II: q(z|x) from the mean output (mlp) or final states (rwkv_pool)
     latent_prior: str = "fixed"     # Stage II: p(z), N(0, 1) or learned mean and variance
     norm: str = "layer"             # the norms before mixers and at the end
     tie_embeddings: bool = False    # the head is the token embedding
-    ffn_shift: str = "before"       # token shift in the channel mix: none; before = from the token before; both, wide = from one, two on each side
+    ffn_shift: str = "before"       # channel mix's shift: none | before: 1 token | both: 1 per side | wide: 2
     dw_jrt: bool = False            # a layer's final state seeds the next layer's first state
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 3.0       # [-1e6, 1e6] factor on the seed
-    dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), one alpha a layer and head
+    dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), per layer and head
     dw_jrt_layer_start: int = 1     # [0, 10000] first layer that is seeded (layer 0 has none below it)
     logit_cap: float = 0.0          # [0, 1e6] logits = cap * tanh(logits / cap); 0 = no cap
     dim_ffn: int = 0                # [0, 1e7] width of the channel mix; 0 = 4 C
-    rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule (so for the next three)
+    rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule
     rank_a: int = 0                 # [0, 1e6] ... of the in-context learning rate's
     rank_v: int = 0                 # [0, 1e6] ... of the value residual's
     rank_g: int = 0                 # [0, 1e6] ... of the gate's
 
+# ---- what goes into a layer and comes out of it ----
 
 class LayerState(NamedTuple):
-    """All a layer must remember of a prefix; constant in size for RWKV-7, whatever the prefix's length."""
-    mix: Tensor        # rwkv7: the WKV state (B,H,N,N) float32; attention: keys, values (B,H,P,N) and which are real (B,P)
+    """All that a layer must remember of a prefix; constant in size for RWKV-7, whatever the length."""
+    mix: Tensor        # rwkv7: the WKV state (B,H,N,N), float32; attention: a Cache
     att_shift: Tensor  # (B,C), the time mix's last input (rwkv7)
     ffn_shift: Tensor  # (B,C), the channel mix's last input
 
-
-def state_bytes(state):
-    """What a state, or any nest of tensors, takes in memory."""
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
-
+class Carry(NamedTuple):
+    """What a layer hands to the layer above, beside x. None: no layer has made it yet."""
+    v_first: Optional[Tensor] = None       # (B,T,C), the first RWKV-7 layer's values, for the value residual
+    v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of its backward scan
+    seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, by block
+    view: Optional[tuple] = None           # Attention.view, from the first attention layer
 
 class Output(NamedTuple):
     logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
     hidden: Tensor             # (B,T,C), after the last norm
     latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
     vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
-    state: list                # one LayerState a layer, after the last token
+    state: list                # a LayerState per layer, after the last token
 
+@dataclass(frozen=True)
+class Sequence:
+    """The rows of one pass: the same for all layers, never changed. Block sizes are in tokens."""
+    B: int
+    T: int
+    back_block: int               # the backward scan stays inside such blocks; 0 = there is none
+    seen_block: int               # attention: a token sees its own block and those before; 1 = causal
+    seeded: bool                  # DW-JRT: do layers hand on their final states?
+    pieces: int                   # ... of so many parts of the sequence, each seeded by its own
+    clean: bool                   # finished text: the forward scan alone
+    every: Optional[int]          # keep the states at 0, every, 2 * every, ...
+    time: Optional[Tensor]        # (B,1,C) or (B,T,C), the embedded noise level
+    valid: Optional[Tensor]       # (B,T) bool, tokens that are not padding; None = all
+    back_valid: Optional[Tensor]  # the same for the rows of `reverse`
+    last_at: Optional[Tensor]     # (B,) index in B * T of each row's last token; None = the row's end
+    padded_left: bool             # may have padding before the text, too
+
+    @classmethod
+    def of(cls, x, cfg, time, lengths, clean, every, has_latent):
+        """x (B,T,C); has_latent (B,) or None: x begins with a prefix, padding in rows without a latent."""
+        (B, T), way = x.shape[:2], direction(cfg)
+        block = {"causal": 0, "bidirectional": T}.get(way, min(cfg.block_size, T))
+        seen = (every or cfg.block_size) if clean else block
+        seeded = cfg.dw_jrt and not clean
+        pieces = -(-T // block) if seeded and block else 1
+        valid, back_valid, last_at = real_tokens(x, lengths), None, None
+        if lengths is not None:
+            last_at = torch.arange(B, device=x.device) * T + lengths - 1
+        if has_latent is not None:
+            here = has_latent[:, None] | (torch.arange(T, device=x.device) >= cfg.latent_prefix_len)
+            valid = here if valid is None else here & valid
+        if block and (valid is not None or T % block):
+            real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
+            back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
+        return cls(B, T, block, 1 if way == "causal" else seen, seeded, pieces, clean, every, time, valid,
+                   back_valid, last_at, has_latent is not None)
+
+    def last(self, x, before):
+        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` those before
+        each block (B * blocks, C). before: the one before x, (B,C) or None."""
+        if self.every:
+            before = torch.zeros_like(x[:, 0]) if before is None else before
+            return torch.cat([before[:, None], x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
+        return x[:, -1] if self.last_at is None else x.flatten(0, 1).index_select(0, self.last_at)
+
+    def shifted(self, x, reach=0):
+        """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
+        return self.unpadded(x) if reach or self.padded_left else x
+
+    def unpadded(self, x):
+        """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
+        return x if self.valid is None else x * self.valid[..., None]
+
+    def reverse(self, x):
+        """(B,T,C) -> (B * blocks, n, C): each block reversed, in a row of its own; padding is zero."""
+        return reverse_blocks(self.unpadded(x), self.back_block)
+
+    def unreverse(self, y):
+        """The inverse: (B * blocks, n, C) -> (B,T,C)."""
+        return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
+
+def reverse_blocks(x, n):
+    """(B,T,C) -> (B * blocks, n, C): each block of n tokens reversed, the last one filled up with zeros."""
+    if pad := -x.shape[1] % n:
+        x = F.pad(x, (0, 0, 0, pad))
+    return x.unflatten(1, (-1, n)).flatten(0, 1).flip(1)
+
+def real_tokens(x, lengths):
+    """x (B,T,...) with rows of `lengths` (B,) -> (B,T) bool, tokens that are not padding; None: all."""
+    return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+def mean_over(h, real):
+    """h (B,T,C), real (B,T) bool or None for all -> (B,C), the mean over the real tokens."""
+    if real is None:
+        return h.mean(1)
+    return (h * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+
+def state_bytes(state):
+    """What a state, or any nest of tensors, takes in memory."""
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
 
 # ---- DW-JRT: how the final state S_T of the layer below enters this layer (rows of DW_JRT_INJECT) ----
 
@@ -91,10 +172,15 @@ class InitSeed(nn.Module):
         super().__init__()
         self.scale = cfg.dw_jrt_scale
 
+    @classmethod
+    def check(cls, cfg):
+        if direction(cfg) == "block" and not cls.keeps_context:
+            raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: "
+                             "choose dw_jrt_inject=gate for direction=block")
+
     def forward(self, seed, ctx):
         """seed (B,H,N,N), ctx the carried state or None -> first state, and a leak J (B,H,N,N) or None."""
         return self.scale * seed, None
-
 
 class GateSeed(InitSeed):
     """S_0 = ctx + g * (scale * S_T - ctx), g = sigmoid(alpha), alpha learned per head."""
@@ -106,22 +192,21 @@ class GateSeed(InitSeed):
 
     def forward(self, seed, ctx):
         g = self.alpha.sigmoid()[:, None, None]
-        return (g * self.scale * seed if ctx is None else torch.lerp(ctx, self.scale * seed, g)), None
-
+        if ctx is None:
+            return g * self.scale * seed, None
+        return torch.lerp(ctx, self.scale * seed, g), None
 
 class LeakSeed(GateSeed):
-    """S_0 = scale * S_T, and every step adds J diag(1 - exp w_t), J = g * S_T: what decays is refilled from the seed."""
+    """S_0 = scale * S_T; each step adds J diag(1 - exp w_t), J = g * S_T: the seed refills what decays."""
     keeps_context = False
 
     def forward(self, seed, ctx):
         return self.scale * seed, self.alpha.sigmoid()[:, None, None] * seed
 
-
 DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed}
 
-
-# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As constructed, a row passes on the forward scan ----
-# ---- alone, so that a causal checkpoint loaded two-way gives the same logits; from scratch, init_weights opens both ----------
+# ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As made, the forward one alone
+# ---- passes: a causal checkpoint loaded two-way gives the same logits; init_weights opens both ----
 
 class AddFusion(nn.Module):
     """w_f y_f + w_b y_b, both weights learned per channel."""
@@ -133,7 +218,6 @@ class AddFusion(nn.Module):
     def forward(self, f, b):
         return torch.addcmul(f * self.w_f, b, self.w_b)
 
-
 class GateFusion(nn.Module):
     """y_f + (2 sigmoid(W [y_f, y_b]) - 1) y_b: a gate from both scans, which starts at 0."""
 
@@ -143,8 +227,8 @@ class GateFusion(nn.Module):
         nn.init.zeros_(self.gate.weight)
 
     def forward(self, f, b):
-        return torch.addcmul(f, torch.tanh(0.5 * self.gate(torch.cat([f, b], -1))), b)      # 2 sigmoid(x) - 1 = tanh(x / 2)
-
+        gate = torch.tanh(0.5 * self.gate(torch.cat([f, b], -1)))      # 2 sigmoid(x) - 1 = tanh(x / 2)
+        return torch.addcmul(f, gate, b)
 
 class ConcatFusion(nn.Module):
     """W [y_f, y_b], W starting as [1, 0]."""
@@ -152,20 +236,17 @@ class ConcatFusion(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.mix = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
-        with torch.no_grad():
-            self.mix.weight.copy_(torch.eye(cfg.n_embd, 2 * cfg.n_embd))
+        nn.init.eye_(self.mix.weight)
 
     def forward(self, f, b):
         return self.mix(torch.cat([f, b], -1))
 
-
 FUSIONS = {"add": AddFusion, "gate": GateFusion, "concat": ConcatFusion}
-
 
 # ---- the noise level: rows give (shift, scale, gate) for both halves of a block, zero at first ----
 
 class Condition(NamedTuple):
-    """h -> h (1 + scale) + shift before a half of the block, y -> y (1 + gate) after it; None leaves that out."""
+    """h -> h (1 + scale) + shift before a half of the block, y -> y (1 + gate) after it; None: left out."""
     shift: Optional[Tensor] = None
     scale: Optional[Tensor] = None
     gate: Optional[Tensor] = None
@@ -176,7 +257,6 @@ class Condition(NamedTuple):
 
     def after(self, y):
         return y if self.gate is None else torch.addcmul(y, y, self.gate)
-
 
 class NoCond(nn.Module):
     """The block does not see the noise level."""
@@ -196,60 +276,77 @@ class NoCond(nn.Module):
         first, second = self.proj(F.silu(time)).chunk(2, -1)
         return Condition(*first.chunk(self.parts, -1)), Condition(*second.chunk(self.parts, -1))
 
-
 class AddCond(NoCond):
-    """A shift."""
-    parts = 1
-
+    parts = 1      # shift
 
 class Film(NoCond):
-    """Shift and scale (arXiv 1709.07871)."""
-    parts = 2
-
+    parts = 2      # shift and scale (arXiv 1709.07871)
 
 class AdaLNZero(NoCond):
-    """Shift, scale and gate (DiT, arXiv 2212.09748). The gate is 1 + what is learned from 0, so pretrained weights stay as they are;
-    from scratch the zero-initialised output matrices make each block the identity, as in DiT."""
-    parts = 3
-
+    """DiT's (arXiv 2212.09748), but the gate is 1 + what is learned from 0: pretrained weights stay as they
+    are; from scratch the output matrices are zero, which makes each block the identity, as in DiT."""
+    parts = 3      # shift, scale and gate
 
 TIME_CONDS = {"none": NoCond, "add": AddCond, "film": Film, "adaln_zero": AdaLNZero}
 
-
 class TimeEmbedding(nn.Module):
-    """Noise levels t in [0, 1] -> (..., C): sinusoids of 1000 t (DDPM's steps) and an MLP for each input, added up."""
+    """Noise levels t in [0, 1] -> (..., C): sinusoids of 1000 t (DDPM's steps), an MLP per input, added."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.dim = cfg.time_dim
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(cfg.time_dim, cfg.n_embd), nn.SiLU(), nn.Linear(cfg.n_embd, cfg.n_embd))
+        self.half, C = cfg.time_dim // 2, cfg.n_embd
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(cfg.time_dim, C), nn.SiLU(), nn.Linear(C, C))
                                   for _ in range(cfg.time_inputs))
 
+    @staticmethod
+    def wanted(cfg):
+        """Does any part of this network look at the noise level?"""
+        return cfg.time_cond != "none" or any(TIME_MIXERS[name].wants_time for name in pattern(cfg))
+
+    @classmethod
+    def check(cls, cfg):
+        if cfg.time_dim < 2 or cfg.time_dim % 2:
+            raise ValueError(f"time_dim={cfg.time_dim} is not allowed: give an even number")
+        if cfg.gaussian and not cls.wanted(cfg):
+            raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or "
+                             "adaln_zero")
+
     def forward(self, *levels):
-        half = self.dim // 2
-        freqs = torch.exp(-math.log(10_000) * torch.arange(half, device=levels[0].device) / half)
+        freqs = torch.exp(-math.log(10_000) * torch.arange(self.half, device=levels[0].device) / self.half)
         angles = [1000 * t.float().unsqueeze(-1) * freqs for t in levels]
         return sum(mlp(torch.cat([x.cos(), x.sin()], -1)) for mlp, x in zip(self.mlps, angles))
 
+# ---- mixers ----
+
+class Mixer(nn.Module):
+    """Lets tokens see each other. A new one: a subclass with __init__(self, cfg, layer), a TIME_MIXERS row,
+
+        forward(x, state, seq, carry) -> y, mix, shift, carry
+
+    x: (B,T,C), normed and conditioned; state: the layer's LayerState after the tokens before x, or None;
+    seq: the Sequence that x is; carry: the Carry of the layer below. y: (B,T,C), to be added to the residual;
+    mix, shift: the new LayerState's mix and att_shift, or None; carry: for the layer above.
+    """
+    directions = ("bidirectional", "causal", "block")      # what it can do; the first: what it does by itself
+    wants_time = False                                     # does it use seq.time?
 
 def low_ranks(cfg, first):
-    """The ranks of a scan's low-rank paths, by RWKV-LM's rule where the config has none. The value residual (v) mixes towards the
-    first layer's values, so that layer has none."""
-    rank = lambda chosen, factor: chosen or max(32, round(factor * cfg.n_embd**0.5 / 32) * 32)
+    """{path: rank} of a scan's low-rank paths, by RWKV-LM's rule if the config has none. The value residual
+    (v) mixes towards the first layer's values, so that layer has none."""
+    def rank(chosen, factor):
+        return chosen or max(32, round(factor * cfg.n_embd**0.5 / 32) * 32)
     paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
     return paths if first else paths | {"v": rank(cfg.rank_v, 1.7)}
 
-
-# ---- mixers: (x (B,T,C), the layer's state or None, shared) -> y (B,T,C), state after the last token, last input (B,C) ----
-
 class Scan7(nn.Module):
-    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with the names, shapes and arithmetic
-    of the official x070. `like`: another scan whose projections this one uses in place of its own."""
+    """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with names and
+    shapes of the official x070. `like`: another scan whose projections this one uses instead of its own."""
 
     def __init__(self, cfg, first, like=None):
         super().__init__()
         C, self.H, self.N = cfg.n_embd, cfg.n_embd // cfg.head_size, cfg.head_size
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a") + (() if first else ("v0",)):
+        names = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"]
+        for name in names if first else [*names, "v0"]:
             setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
         self.r_k = nn.Parameter(torch.empty(self.H, self.N))
         self.ln_x = nn.GroupNorm(self.H, C, eps=64e-5)
@@ -261,82 +358,87 @@ class Scan7(nn.Module):
             self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
 
     def mix(self, x, last, valid, v_first, **scan):
-        """x (B,T,C), last (B,C) the input before it, valid (B,T) or None -> (B,T,C) to project, state, this layer's values.
-
-        scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it.
-        """
-        m = self.like[0] or self
-        xr, xw, xk, xv, xa, xg = shift_mix(x, last, torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]))
+        """x (B,T,C), last (B,C) the one before, valid (B,T) or None -> (B,T,C) to project, state, its values.
+        scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it."""
+        m = self if self.like[0] is None else self.like[0]
+        mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+        xr, xw, xk, xv, xa, xg = shift_mix(x, last, mixes)
         r, k, v = m.receptance(xr), m.key(xk), m.value(xv)
-        w = torch.tanh(xw @ m.w1) @ m.w2                              # log-decay in (-0.607, 0), eq. 4 of the paper
-        a = (xa @ m.a1) @ m.a2                                        # in-context learning rate
+        w = torch.tanh(xw @ m.w1) @ m.w2                    # log-decay in (-0.607, 0), eq. 4 of the paper
+        a = (xa @ m.a1) @ m.a2                              # in-context learning rate
         g = torch.sigmoid(xg @ m.g1) @ m.g2
-        gate, v0 = (None, None) if v_first is None else ((xv @ m.v1) @ m.v2, self.v0)       # the value residual
-        y, s = wkv7_mix(r, w, a, k, v, gate, v_first, g, self.w0, self.a0, v0, self.k_k, self.k_a, self.r_k, self.ln_x.weight,
-                        self.ln_x.bias, self.ln_x.eps, valid, self.N, **scan)
+        gate, v0 = None, None
+        if v_first is not None:                             # the value residual
+            gate, v0 = (xv @ m.v1) @ m.v2, self.v0
+        y, s = wkv7_mix(r, w, a, k, v, gate, v_first, g, self.w0, self.a0, v0, self.k_k, self.k_a, self.r_k,
+                        self.ln_x.weight, self.ln_x.bias, self.ln_x.eps, valid, self.N, **scan)
         return y, s, v
 
-
-class RWKV7(Scan7):
-    """RWKV-7 in every direction: a forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
+class RWKV7(Mixer, Scan7):
+    """A forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
     directions = ("causal", "bidirectional", "block")
 
     def __init__(self, cfg, layer):
         first = not any(issubclass(TIME_MIXERS[name], RWKV7) for name in pattern(cfg)[:layer])
         super().__init__(cfg, first)
         self.output = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start else None
-        two = direction(cfg) != "causal"
-        self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None) if two else None
-        self.fuse = FUSIONS[cfg.fusion](cfg) if two else None
+        seeded = cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start
+        self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if seeded else None
+        self.back = self.fuse = None
+        if direction(cfg) != "causal":
+            self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
+            self.fuse = FUSIONS[cfg.fusion](cfg)
 
-    def forward(self, x, state, shared):
+    def forward(self, x, state, seq, carry):
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        pieces = shared.seeded and shared.piece < shared.T
-        if pieces:
-            scan = dict(scan=lambda *z: self.scan(*z, s0, shared))
+        seeds = carry.seeds or [None] * seq.pieces
+        if seq.pieces == 1:
+            s0, leak = self.start(s0, seeds[0])
+            scan = dict(s0=s0, leak=leak, every=seq.every)
         else:
-            s0, leak = self.start(s0, shared.seeds and shared.seeds[0])
-            scan = dict(s0=s0, leak=leak, every=shared.every)
-        y, s, v = self.mix(shared.shifted(x), last, shared.valid, shared.v_first.get("forward"), **scan)
-        if shared.seeded and not pieces:
-            shared.seeds = [s]
-        shared.v_first.setdefault("forward", v)
-        if shared.every:
-            s = s[:, :-(-shared.T // shared.every)].flatten(0, 1)
-        if self.fuse and shared.clean:
+            scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
+        y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
+        ends = [s] if seq.pieces == 1 else s           # the state after each piece
+        s = ends[-1]
+        if seq.every:                                  # states at block starts are rows of their own
+            s = s[:, :-(-seq.T // seq.every)].flatten(0, 1)
+        if seq.seeded:
+            carry = carry._replace(seeds=ends)
+        if carry.v_first is None:
+            carry = carry._replace(v_first=v)
+        if self.fuse and seq.clean:
             y = self.fuse(y, torch.zeros_like(y))
         elif self.fuse:
-            z, _, v = self.back.mix(shared.backwards(x), None, shared.back_valid, shared.v_first.get("back"))
-            shared.v_first.setdefault("back", v)
-            y = self.fuse(y, shared.forwards(z))
-        return self.output(y), s, shared.last(x, last)
-
-    def scan(self, r, w, k, v, a, b, s0, shared):
-        """DW-JRT's forward scan from s0 in blocks, each with its own seed."""
-        ys, ends = [], []
-        for i, piece in enumerate(zip(*(z.split(shared.piece, 1) for z in (r, w, k, v, a, b)))):
-            first, leak = self.start(s0, shared.seeds and shared.seeds[i])
-            y, end = wkv7_leaky(*piece, first, leak)
-            if i and shared.valid is not None:      # a row that has ended is not seeded again
-                end = torch.where(shared.valid[:, i * shared.piece, None, None, None], end, s0)
-            s0 = end
-            ys.append(y)
-            ends.append(s0)
-        shared.seeds = ends
-        return torch.cat(ys, 1), s0
+            z, _, v = self.back.mix(seq.reverse(x), None, seq.back_valid, carry.v_first_back)
+            if carry.v_first_back is None:
+                carry = carry._replace(v_first_back=v)
+            y = self.fuse(y, seq.unreverse(z))
+        return self.output(y), s, seq.last(x, last), carry
 
     def start(self, s0, seed):
-        """s0 the carried state, seed the final state of the layer below, each (B,H,N,N) or None -> the first state and the leak, or None."""
+        """s0: carried state, seed: the layer below's final one, (B,H,N,N) or None -> first state, leak."""
         if self.jrt is None or seed is None:
             return s0, None
         if s0 is not None and not self.jrt.keeps_context:
-            raise ValueError("this form of DW-JRT forgets the carried state: use dw_jrt_inject=gate for blocks and for going on from a state")
+            raise ValueError("this form of DW-JRT forgets the carried state: "
+                             "use dw_jrt_inject=gate for blocks and for going on from a state")
         return self.jrt(seed, s0)
 
+    def scan_pieces(self, inputs, s0, seq, seeds):
+        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed
+        -> y (B,T,H,N), the states after the blocks."""
+        n, ys, ends = seq.back_block, [], []
+        for i, (seed, *piece) in enumerate(zip(seeds, *(z.split(n, 1) for z in inputs))):
+            y, end = wkv7_leaky(*piece, *self.start(s0, seed))
+            if i and seq.valid is not None:            # a row that has ended is not seeded again
+                end = torch.where(seq.valid[:, i * n, None, None, None], end, s0)
+            s0 = end
+            ys.append(y)
+            ends.append(end)
+        return torch.cat(ys, 1), ends
 
-class BiWKV(nn.Module):
-    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift, decay and bonus set per sample by the noise level."""
+class BiWKV(Mixer):
+    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise sets decay and bonus."""
     directions = ("bidirectional",)
     wants_time = True
 
@@ -352,144 +454,182 @@ class BiWKV(nn.Module):
         self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
         self.ln_x = nn.LayerNorm(C)
 
-    def forward(self, x, state, shared):
+    def forward(self, x, state, seq, carry):
         if state is not None:
-            raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: feed it whole, or use mixer=rwkv7")
-        xr, xk, xv = shift_mix(shared.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), reach=1)
+            raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: "
+                             "feed it whole, or use mixer=rwkv7")
+        xr, xk, xv = shift_mix(seq.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), reach=1)
         r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
-        if shared.valid is not None:
-            k = k.masked_fill(~shared.valid[..., None], -math.inf)
-        dw, du = self.time(F.silu(shared.row_time())).float().chunk(2, -1)          # (B,C)
+        if seq.valid is not None:
+            k = k.masked_fill(~seq.valid[..., None], -math.inf)
+        time = seq.time[:, 0] if seq.time.shape[1] == 1 else mean_over(seq.time.float(), seq.valid)
+        dw, du = self.time(F.silu(time)).float().chunk(2, -1)                    # (B,C)
         y = biwkv(F.softplus(self.decay + dw), self.bonus + du, k, v)
-        return self.output(r * self.ln_x(y)), None, None
+        return self.output(r * self.ln_x(y)), None, None, carry
 
+class Cache(NamedTuple):
+    """Attention's state."""
+    keys: Tensor                # (B,H,P,N)
+    values: Tensor              # (B,H,P,N)
+    real: Tensor                # (B,P) bool, which are not padding
+    block: Optional[int] = None  # noisy blocks of this size each see what is before them; None: x sees all
 
-class Attention(nn.Module):
-    """Softmax attention with rotary positions (arXiv 2104.09864) and normalised queries and keys: the twin to compare with."""
-    directions = ("bidirectional", "causal", "block")
+class Attention(Mixer):
+    """The baseline: softmax attention, rotary positions (arXiv 2104.09864), normalised queries and keys."""
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.H, self.N = cfg.n_embd // cfg.head_size, cfg.head_size
-        self.query, self.key, self.value, self.output = (nn.Linear(cfg.n_embd, cfg.n_embd, bias=False) for _ in range(4))
+        C, self.H, self.N = cfg.n_embd, cfg.n_embd // cfg.head_size, cfg.head_size
+        self.query, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
 
-    def forward(self, x, state, shared):
-        past = None if state is None else state.mix
-        if isinstance(past, BlockStarts):
-            return self.after_clean_text(x, past, shared)
-        q, k, v = self.project(x, shared.rotation(self.N, past))
-        real = shared.ones().bool()
-        if past is not None:
-            k, v, real = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), torch.cat([past[2], real], 1)
-        mask, is_causal = shared.attention_mask(real)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.output(y.transpose(1, 2).flatten(2)), BlockStarts(k, v, real, shared.every) if shared.every else (k, v, real), None
-
-    def project(self, x, turn):
-        q, k, v = (proj(x).unflatten(-1, (self.H, self.N)).transpose(1, 2) for proj in (self.query, self.key, self.value))
+    def forward(self, x, state, seq, carry):
+        past, rows = None if state is None else state.mix, x
+        in_blocks = past is not None and past.block is not None
+        if in_blocks:                                  # (B * blocks, n, C) -> (B, blocks * n, C)
+            rows = x.unflatten(0, (past.keys.shape[0], -1)).flatten(1, 2)
+        if carry.view is None:
+            view = self.view_of_blocks if in_blocks else self.view
+            carry = carry._replace(view=view(rows, past, seq))
+        turn, real, mask, causal = carry.view
+        projections = (self.query, self.key, self.value)
+        q, k, v = (f(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2) for f in projections)
         q, k = (rotate(F.rms_norm(z, (self.N,)), *turn) for z in (q, k))
-        return q, k, v
+        if past is not None:
+            k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = self.output(y.transpose(1, 2).flatten(2).view(x.shape))
+        return y, past if in_blocks else Cache(k, v, real, seq.every), None, carry
 
-    def after_clean_text(self, x, past, shared):
-        """x (B * blocks, n, C), noisy blocks: each sees itself and the clean blocks before it, by a mask (BD3-LM, section 3.2)."""
-        B, n, T = past.keys.shape[0], past.n, past.keys.shape[2]
-        whole = x.unflatten(0, (B, -1)).flatten(1, 2)
-        turn = shared.once("rotation", lambda: rotation(torch.arange(whole.shape[1], device=x.device), self.N))
-        q, k, v = self.project(whole, turn)
-        def make():
-            query, key = torch.arange(whole.shape[1], device=x.device) // n, torch.arange(T, device=x.device) // n
-            noisy = (shared.ones().bool().view(B, 1, 1, -1) & (query[:, None] == query)).expand(B, 1, *(whole.shape[1],) * 2)
-            clean = (past.real[:, None, None, :] & (key < query[:, None])).expand(B, 1, whole.shape[1], T)
-            return torch.cat([clean, noisy], -1)
-        y = F.scaled_dot_product_attention(q, torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2),
-                                           attn_mask=shared.once("mask", make))
-        return self.output(y.transpose(1, 2).flatten(2).view(x.shape)), past, None
+    def view(self, x, past, seq):
+        """x (B,T,C), the P tokens of `past` before it -> rotary cos and sin, each (T, N/2) or (B,1,T,N/2);
+        real keys (B, P + T); those that a query sees (B, 1, T, P + T), None = all; causal or not."""
+        T, n, P, at = seq.T, seq.seen_block, 0, torch.arange(seq.T, device=x.device)
+        real = torch.ones_like(x[..., 0], dtype=torch.bool) if seq.valid is None else seq.valid
+        turn = rotation(at, self.N)
+        if past is not None:
+            turn, P = rotation((past.real.sum(1, keepdim=True) + at).unsqueeze(1), self.N), past.real.shape[1]
+            real = torch.cat([past.real, real], 1)
+        if seq.valid is None and not P and (n == 1 or n >= T):
+            return turn, real, None, n == 1
+        key = torch.arange(-P, T, device=x.device)
+        return turn, real, real[:, None, None] & (key // n <= (at // n)[:, None]), False
 
-
-class BlockStarts(NamedTuple):
-    """Keys and values (B,H,T,N) of clean text, and which of it is real (B,T), for blocks of n to attend to what is before them."""
-    keys: Tensor
-    values: Tensor
-    real: Tensor
-    n: int
-
+    def view_of_blocks(self, x, past, seq):
+        """x (B, blocks * n, C), noisy: a block sees itself and clean ones before it (BD3-LM, section 3.2)."""
+        at, key = (torch.arange(z, device=x.device) for z in (x.shape[1], past.keys.shape[2]))
+        query, key = at // past.block, key // past.block
+        noisy = (query[:, None] == query).expand(len(x), 1, -1, -1)
+        if seq.valid is not None:
+            noisy = noisy & seq.valid.view(len(x), 1, 1, -1)
+        clean = past.real[:, None, None] & (key < query[:, None])
+        return rotation(at, self.N), past.real, torch.cat([clean, noisy], -1), False
 
 def rotation(at, N):
     """Positions -> cos and sin of the angles of rotary embeddings (theta 10,000)."""
     angles = at.unsqueeze(-1).float() * 10_000 ** -(torch.arange(N // 2, device=at.device) / (N // 2))
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary positions: x (B,H,T,N); cos, sin (T, N/2) or (B,1,T,N/2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
+TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
+
+def pattern(cfg):
+    """The mixer of every layer."""
+    names = cfg.mixer.split(",")
+    return [names[i % len(names)] for i in range(cfg.n_layer)]
+
+def direction(cfg):
+    """cfg.direction, or what the mixers do by themselves."""
+    return cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]
 
 # ---- latents: a vector beside the text ----
 
 class LatentPrefix(nn.Module):
-    """A latent as P prefix tokens, each with its own type embedding. Holds the mean and the scale of the latents trained on."""
+    """A latent as P prefix tokens, each with a type embedding. Holds the training latents' mean and scale."""
 
     def __init__(self, cfg):
         super().__init__()
         self.project = nn.Linear(cfg.latent_dim, cfg.latent_prefix_len * cfg.n_embd)
         self.type_emb = nn.Parameter(torch.randn(cfg.latent_prefix_len, cfg.n_embd))
         self.register_buffer("mean", torch.zeros(cfg.latent_dim))
-        self.register_buffer("std", torch.ones(()))        # one for all dimensions: distances stay in proportion
+        self.register_buffer("std", torch.ones(()))        # one for all: distances stay in proportion
+
+    @staticmethod
+    def check(cfg):
+        if direction(cfg) == "block":
+            raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")
+        if direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
+            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; "
+                             "choose text or both, or direction=bidirectional")
+        if cfg.latent_dim < 1 or cfg.latent_prefix_len < 1:
+            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: "
+                             "give at least 1 each")
 
     def forward(self, z):
         """z (B,D), noisy -> (B,P,C)."""
         return self.project(z).unflatten(-1, self.type_emb.shape) + self.type_emb
 
     def normalise(self, z):
-        """Latents (B,D) as they are in files -> of mean 0 and mean variance 1; rows of zeros, which stand for no latent, stay so."""
+        """Latents (B,D) of a file -> mean 0, mean variance 1; rows of zeros, which are no latent, stay so."""
         return (z - self.mean) / self.std * (z != 0).any(-1, keepdim=True)
 
     def restore(self, z):
-        """The way back."""
+        """The inverse."""
         return z * self.std + self.mean
 
-
 class LatentHead(nn.Module):
-    """What the network predicts of the latent: from the mean of the text's outputs, from the prefix's, or from both."""
+    """Predicts the latent from the mean of the text's outputs, from the prefix's outputs, or from both."""
 
     def __init__(self, cfg):
         super().__init__()
-        C, P = cfg.n_embd, cfg.latent_prefix_len
+        C = cfg.n_embd
         self.text, self.prefix = cfg.latent_pred_from != "prefix", cfg.latent_pred_from != "text"
-        self.mlp = nn.Sequential(nn.Linear(C * (self.text + P * self.prefix), 2 * C), nn.GELU(), nn.Linear(2 * C, cfg.latent_dim))
+        width = C * (self.text + cfg.latent_prefix_len * self.prefix)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * C), nn.GELU(), nn.Linear(2 * C, cfg.latent_dim))
 
     def forward(self, prefix, text):
         """prefix (B,P,C), text (B,C) -> (B,D)."""
-        return self.mlp(torch.cat([text] * self.text + [prefix.flatten(1)] * self.prefix, -1))
-
+        if not self.prefix:
+            return self.mlp(text)
+        return self.mlp(torch.cat([text, prefix.flatten(1)], -1) if self.text else prefix.flatten(1))
 
 class TextLatentEncoder(nn.Module):
-    """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs; rwkv_pool: from every
-    layer's final WKV state, each head read by a learned query."""
+    """q(z|x) of Stage II, a Gaussian: clean text -> mu and log variance. mlp: from the mean of its outputs;
+    rwkv_pool: from every layer's final WKV state, each head read by a learned query."""
 
     def __init__(self, cfg):
         super().__init__()
-        pool = cfg.latent_encoder == "rwkv_pool"
-        self.layers = [i for i, name in enumerate(pattern(cfg)) if name == "rwkv7"]
-        self.query = nn.Parameter(torch.randn(len(self.layers), cfg.n_embd // cfg.head_size, cfg.head_size)) if pool else None
-        wide = cfg.n_embd * (len(self.layers) if pool else 1)
-        self.ln, self.mlp = nn.LayerNorm(wide), nn.Sequential(nn.Linear(wide, 2 * cfg.n_embd), nn.GELU())
-        self.mu, self.logvar = (nn.Linear(2 * cfg.n_embd, cfg.latent_dim) for _ in range(2))
+        C, self.query, width = cfg.n_embd, None, cfg.n_embd
+        if cfg.latent_encoder == "rwkv_pool":
+            self.layers = [i for i, name in enumerate(pattern(cfg)) if name == "rwkv7"]
+            self.query = nn.Parameter(torch.randn(len(self.layers), C // cfg.head_size, cfg.head_size))
+            width = C * len(self.layers)
+        self.ln, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 2 * C), nn.GELU())
+        self.mu, self.logvar = (nn.Linear(2 * C, cfg.latent_dim) for _ in range(2))
         nn.init.zeros_(self.logvar.weight)
         nn.init.constant_(self.logvar.bias, -2.0)
+
+    @staticmethod
+    def check(cfg):
+        if not cfg.latent_dim:
+            raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: "
+                             "give latent_dim")
+        if cfg.latent_encoder == "rwkv_pool" and "rwkv7" not in pattern(cfg):
+            raise ValueError("latent_encoder=rwkv_pool reads RWKV-7 states, "
+                             f"which mixer={cfg.mixer} has not: choose latent_encoder=mlp")
 
     def forward(self, out, lengths=None):
         """out: the Output for clean text -> mu, logvar, each (B,D)."""
         if self.query is None:
-            h = mean_of_text(out.hidden, lengths)
+            h = mean_over(out.hidden, real_tokens(out.hidden, lengths))
         else:
-            read = [torch.einsum("bhij,hj->bhi", out.state[i].mix.float(), q) for i, q in zip(self.layers, self.query)]
-            h = torch.cat([z.flatten(1) for z in read], -1)
+            states = torch.stack([out.state[i].mix.float() for i in self.layers], 1)
+            h = torch.einsum("blhij,lhj->blhi", states, self.query).flatten(1)
         h = self.mlp(self.ln(h))
         return self.mu(h), self.logvar(h).clamp(-10, 10)
-
 
 class LatentPrior(nn.Module):
     """p(z) of Stage II: N(0, 1), or a Gaussian whose mean and variance are learned."""
@@ -503,22 +643,14 @@ class LatentPrior(nn.Module):
         """eps (B,D), standard normal -> z (B,D)."""
         return self.mu + (0.5 * self.logvar).exp() * eps
 
+# ---- the block and the network ----
 
-def mean_of_text(h, lengths=None):
-    """(B,T,C) -> (B,C), the mean over the real tokens."""
-    if lengths is None:
-        return h.mean(1)
-    real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]
-    return (h * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(-1)
-
-
-TIME_MIXERS = {"rwkv7": RWKV7, "biwkv": BiWKV, "attention": Attention}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 FFN_SHIFTS = {"none": None, "before": 0, "both": 1, "wide": 2}       # how many tokens each way; 0 = only back
-CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUSIONS, "time_cond": TIME_CONDS, "norm": NORMS,
-           "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"), "latent_pred_from": ("text", "prefix", "both"),
-           "latent_encoder": ("none", "mlp", "rwkv_pool"), "latent_prior": ("fixed", "learned")}
-
+CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUSIONS, "time_cond": TIME_CONDS,
+           "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"),
+           "latent_pred_from": ("text", "prefix", "both"), "latent_encoder": ("none", "mlp", "rwkv_pool"),
+           "latent_prior": ("fixed", "learned")}
 
 class ChannelMix(nn.Module):
     """RWKV-7 channel mixing: token shift and a squared-ReLU MLP."""
@@ -526,286 +658,217 @@ class ChannelMix(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift != "none" else None
-        self.reach = FFN_SHIFTS[cfg.ffn_shift]
-        self.key = nn.Linear(cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, bias=False)
-        self.value = nn.Linear(cfg.dim_ffn or 4 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.reach, width = FFN_SHIFTS[cfg.ffn_shift], cfg.dim_ffn or 4 * cfg.n_embd
+        self.key = nn.Linear(cfg.n_embd, width, bias=False)
+        self.value = nn.Linear(width, cfg.n_embd, bias=False)
 
-    def forward(self, x, state, shared):
+    def forward(self, x, state, seq):
         k, last = x, None if state is None else state.ffn_shift
         if self.x_k is not None:
-            k, = shift_mix(shared.shifted(x, self.reach), last, self.x_k, self.reach)
-        return self.value(squared_relu(self.key(k))), shared.last(x, last)
-
+            k, = shift_mix(seq.shifted(x, self.reach), last, self.x_k, self.reach)
+        return self.value(squared_relu(self.key(k))), seq.last(x, last)
 
 class Block(nn.Module):
+    """x + mixer(x), then x + channel mix(x), each normed and conditioned on the noise level."""
+
     def __init__(self, cfg, layer):
         super().__init__()
-        norm = lambda: NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
         if layer == 0:
-            self.ln0 = norm()
-        self.ln1, self.ln2, self.cond = norm(), norm(), TIME_CONDS[cfg.time_cond](cfg)
+            self.ln0 = norm(cfg)
+        self.ln1, self.ln2, self.cond = norm(cfg), norm(cfg), TIME_CONDS[cfg.time_cond](cfg)
         self.att, self.ffn = TIME_MIXERS[pattern(cfg)[layer]](cfg, layer), ChannelMix(cfg)
 
-    def forward(self, x, state, shared):
-        cond1, cond2 = self.cond(shared.time)
-        y, mix, att_shift = self.att(cond1.before(self.ln1(x)), state, shared)
+    @staticmethod
+    def check(cfg):
+        for name in pattern(cfg):
+            if name not in TIME_MIXERS:
+                raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: "
+                                 f"choose from {', '.join(TIME_MIXERS)}")
+            if direction(cfg) not in (can := TIME_MIXERS[name].directions):
+                raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: "
+                                 f"choose one of {', '.join(can)}")
+        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
+            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: "
+                             "choose direction=bidirectional, or ffn_shift=before")
+
+    def forward(self, x, state, seq, carry):
+        """x (B,T,C), the layer's state or None, seq, carry -> x, state after the last token, new carry."""
+        cond1, cond2 = self.cond(seq.time)
+        y, mix, att_shift, carry = self.att(cond1.before(self.ln1(x)), state, seq, carry)
         x = x + cond1.after(y)
-        y, ffn_shift = self.ffn(cond2.before(self.ln2(x)), state, shared)
-        return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift)
+        y, ffn_shift = self.ffn(cond2.before(self.ln2(x)), state, seq)
+        return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift), carry
 
-
-class Shared:
-    """What the layers of one pass hand each other, and what is the same for all of them."""
-
-    def __init__(self, x, cfg, way, lengths, time, clean=False, every=None, prefix=0, has_prefix=None):
-        self.B, self.T, self.device = *x.shape[:2], x.device
-        self.time = time               # (B,1,C) or (B,T,C), the embedded noise level
-        self.v_first = {}              # the first layer's values, for the value residual, by scan
-        self.seeds = None              # final states of the layer below, for DW-JRT: one a piece
-        self.clean, self.every, self.memo = clean, every, {}
-        self.block = {"causal": 0, "bidirectional": self.T}.get(way, min(cfg.block_size, self.T))
-        self.seen_by = 1 if way == "causal" else (every or cfg.block_size) if clean else self.block
-        self.seeded, self.piece = cfg.dw_jrt and not clean, self.block or self.T
-        self.lengths, self.has_prefix = lengths, has_prefix
-        self.valid = None if lengths is None else torch.arange(self.T, device=x.device) < lengths[:, None]
-        if prefix:                     # rows without a latent: theirs is padding on the left
-            here = has_prefix[:, None] | (torch.arange(self.T, device=x.device) >= prefix)
-            self.valid = here if lengths is None else here & self.valid
-
-    def row_time(self):
-        """(B,C), the embedded noise level of each row: the mean over its real tokens."""
-        if self.time.shape[1] == 1:
-            return self.time[:, 0]
-        real = self.ones().unsqueeze(-1)
-        return (self.time * real).sum(1) / real.sum(1)
-
-    def last(self, x, before):
-        """What token shift must know of x (B,T,C) to go on: its last real token; with `every` the one before each block."""
-        if self.every:
-            before = torch.zeros_like(x[:, 0]) if before is None else before
-            return torch.cat([before.unsqueeze(1), x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
-        if self.lengths is None:
-            return x[:, -1]
-        at = self.once("last", lambda: torch.arange(0, self.B * self.T, self.T, device=x.device) + self.lengths - 1)
-        return x.flatten(0, 1).index_select(0, at)
-
-    def shifted(self, x, reach=0):
-        """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
-        return self.unpadded(x) if reach or self.has_prefix is not None else x
-
-    def unpadded(self, x):
-        """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
-        return x if self.valid is None else x * self.valid[..., None]
-
-    def backwards(self, x):
-        """(B,T,C) -> (B * blocks, n, C): each block reversed, a row of its own; padding is zero, as before a sequence's start."""
-        x = self.unpadded(x)
-        if pad := -self.T % self.block:
-            x = F.pad(x, (0, 0, 0, pad))
-        return x.unflatten(1, (-1, self.block)).flatten(0, 1).flip(1)
-
-    def forwards(self, y):
-        """The way back: (B * blocks, n, C) -> (B,T,C)."""
-        return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
-
-    @property
-    def back_valid(self):
-        """Which tokens of `backwards` are no padding, None if all."""
-        if self.valid is None and self.T % self.block == 0:
-            return None
-        return self.once("back_valid", lambda: self.backwards(self.ones().unsqueeze(-1)).squeeze(-1).bool())
-
-    def ones(self):
-        return torch.ones(self.B, self.T, device=self.device) if self.valid is None else self.valid.float()
-
-    def once(self, name, make):
-        """What several layers need is made by the first of them."""
-        if name not in self.memo:
-            self.memo[name] = make()
-        return self.memo[name]
-
-    def rotation(self, N, past):
-        """cos and sin for the positions of this pass, after those of the past (keys, values, which are real)."""
-        at = torch.arange(self.T, device=self.device)
-        return self.once("rotation", lambda: rotation(at if past is None else (past[2].sum(1, keepdim=True) + at).unsqueeze(1), N))
-
-    def attention_mask(self, real):
-        """real (B, P + T): keys that are no padding -> (mask or None, is_causal) for T queries after P cached tokens."""
-        T, n = self.T, self.seen_by         # keys are seen by blocks of n; causal is blocks of one
-        P = real.shape[1] - T
-        if self.valid is None and not P and (n == 1 or n >= T):
-            return None, n == 1
-        def make():
-            at, key = torch.arange(T, device=self.device), torch.arange(-P, T, device=self.device)
-            return (real[:, None, None, :] & (key // n <= (at // n)[:, None])), False
-        return self.once("mask", make)
-
+def norm(cfg):
+    return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
 
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None)
+        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None,
+                    before=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
-    t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, where there are blocks).
-    latent: (B,D), where cfg.latent_dim: normalised, with the noise of level latent_t (B,), None = 0; read as a prefix of P tokens. A
-    row of zeros has none, and its text gives what it gives without `latent`, as do all rows where it is None.
-    state: the `out.state` after a prefix, to go on from. A causal model can be fed in pieces of any length, one of blocks in
-    whole blocks, a bidirectional one takes what it is given as one block: state flows only forward.
-    lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: not the row's logits, nor
-    its state, nor what DW-JRT seeds.
-    clean: a pass of finished text, for its state: the forward scan alone (attention: by blocks), without seeds.
-    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows: given to a pass over
-    the same text as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text before it. All at once, this
-    is what going on block by block from a carried state gives.
+    t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, if there are blocks).
+    latent: (B,D), where cfg.latent_dim: normalised, with the noise of level latent_t (B,), None = 0; a prefix
+    of P tokens. A row of zeros has none, and its text gives what it gives without `latent`.
+    state: the `out.state` after a prefix, to go on from. A causal network takes text in parts of any length,
+    one of blocks in whole blocks, a bidirectional one takes x as one block: state flows only forward.
+    lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: neither the
+    row's logits nor its state, nor what DW-JRT seeds.
+    clean: finished text, read for its state: the forward scan alone (attention: by blocks), without seeds.
+    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows:
+    if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text
+    before it. All at once, this is what going on block by block from a carried state gives.
     before: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
     """
 
     def __init__(self, cfg):
         super().__init__()
         if torch.get_default_device().type == "cpu":
-            in_memory(weight_bytes(cfg), f"a network of n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}")
-        check_config(cfg)
+            shape = f"n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}"
+            in_memory(weight_bytes(cfg), f"a network of {shape}")
+        self.check(cfg)
         self.cfg, self.mask_id = cfg, cfg.vocab_size
         self.emb = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)       # the last row is the mask
-        wants_time = cfg.time_cond != "none" or any(hasattr(TIME_MIXERS[m], "wants_time") for m in pattern(cfg))
-        self.time = TimeEmbedding(cfg) if wants_time else None
+        self.time = TimeEmbedding(cfg) if TimeEmbedding.wanted(cfg) else None
         if cfg.gaussian:
             self.enter = nn.Linear((1 + cfg.self_cond) * cfg.n_embd, cfg.n_embd, bias=False)
             self.vector = nn.Linear(cfg.n_embd, cfg.n_embd)
         if cfg.latent_dim:
             self.latent_prefix, self.latent_head = LatentPrefix(cfg), LatentHead(cfg)
-            self.latent_encoder = TextLatentEncoder(cfg) if cfg.latent_encoder != "none" else None
-            self.latent_prior = LatentPrior(cfg) if cfg.latent_encoder != "none" else None
+            self.latent_encoder = self.latent_prior = None
+            if cfg.latent_encoder != "none":
+                self.latent_encoder, self.latent_prior = TextLatentEncoder(cfg), LatentPrior(cfg)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
-        self.ln_out = NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
+        self.ln_out = norm(cfg)
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         init_weights(self)
 
-    def table(self):
-        """The embeddings of the V tokens, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
-        return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
-
-    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None, before=None):
-        cfg, way, P, has = self.cfg, direction(self.cfg), 0, None
-        time = None if self.time is None else self.embed_time(x, t, latent_t, way, lengths)
-        if not x.is_floating_point():
-            x = self.emb(x)
-        elif cfg.gaussian:
-            x = self.enter(torch.cat([x, torch.zeros_like(x) if before is None else before], -1) if cfg.self_cond else x) + time
-        if latent is not None:
-            if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean or every is not None:
-                takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
-                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, and only with whole rows, not with a state")
-            P, has = cfg.latent_prefix_len, (latent != 0).any(-1)
-            x = torch.cat([self.latent_prefix(latent).to(x.dtype), x], 1)
-            lengths = lengths if lengths is None else lengths + P
-            if time is not None and time.shape[1] > 1:
-                time = torch.cat([time.mean(1, keepdim=True).expand(-1, P, -1), time], 1)
-        x = self.blocks[0].ln0(x)
-        shared, states = Shared(x, cfg, way, lengths, time, clean or every is not None, every, P, has), []
-        for i, block in enumerate(self.blocks):
-            x, s = block(x, None if state is None else state[i], shared)
-            states.append(s)
-        prefix, hidden = (None, self.ln_out(x)) if has is None else self.ln_out(x).split([P, x.shape[1] - P], 1)
-        shown = hidden
-        if cfg.predict == "next":      # the first token has none before it, but perhaps a latent
-            first = hidden[:, :1] if has is None else torch.where(has[:, None, None], prefix[:, -1:], hidden[:, :1])
-            shown = torch.cat([first, hidden[:, :-1]], 1)
-        logits = F.linear(shown, self.emb.weight[:-1] if cfg.tie_embeddings else self.head.weight).float()
-        if cfg.logit_cap:
-            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)
-        z = None
+    @staticmethod
+    def check(cfg):
+        """ValueError, in one line with the repair, for a config that no network can be built from."""
+        N = cfg.head_size
+        if N not in HEAD_SIZES:
+            sizes = ", ".join(map(str, HEAD_SIZES))
+            raise ValueError(f"head_size={N} is not supported: choose one of {sizes}")
+        if cfg.n_embd < 1 or cfg.n_embd % N:
+            raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={N}: "
+                             f"choose {max(1, round(cfg.n_embd / N)) * N}")
+        for key, rows in CHOICES.items():
+            if (value := getattr(cfg, key)) not in rows and (key, value) != ("direction", ""):
+                raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(rows)}")
+        for key in ("n_layer", "block_size"):
+            if getattr(cfg, key) < 1:
+                raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
+        Block.check(cfg)
+        TimeEmbedding.check(cfg)
         if cfg.latent_dim:
-            mean = mean_of_text(hidden, lengths if lengths is None else lengths - P)
-            around = hidden.new_zeros(len(x), cfg.latent_prefix_len, cfg.n_embd) if has is None else prefix * has[:, None, None]
-            z = self.latent_head(around, mean).float()
-        return Output(logits, hidden, z, self.vector(hidden) if cfg.gaussian else None, states)
+            LatentPrefix.check(cfg)
+        if cfg.latent_encoder != "none":
+            TextLatentEncoder.check(cfg)
+        if cfg.dw_jrt:
+            DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
-    def posterior(self, x, lengths=None):
-        """Stage II's q(z|x) for clean text x (B,T) -> mu and log variance (B,D), and the text's mean output (B,C)."""
-        out = self(x, lengths=lengths)
-        mu, logvar = self.latent_encoder(out, lengths)
-        return mu.float(), logvar.float(), mean_of_text(out.hidden, lengths).float()
+    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False,
+                every=None, before=None):
+        cfg, has_latent, clean = self.cfg, None, clean or every is not None
+        time = self.embed_time(x, t, latent_t, lengths)                          # (B,1,C) or (B,T,C) or None
+        x = self.embed(x, time, before)                                          # (B,T,C)
+        if latent is not None:
+            if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean:
+                takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
+                raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, "
+                                 "and only with whole rows, not with a state")
+            has_latent = (latent != 0).any(-1)                                   # (B,)
+            x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
+        seq = Sequence.of(x, cfg, time, lengths, clean, every, has_latent)
+        x, carry, states = self.blocks[0].ln0(x), Carry(), []
+        for i, block in enumerate(self.blocks):
+            x, s, carry = block(x, None if state is None else state[i], seq, carry)
+            states.append(s)
+        return self.heads(self.ln_out(x), lengths, has_latent, states)
 
-    def embed_time(self, x, t, latent_t, way, lengths):
+    def embed_time(self, x, t, latent_t, lengths):
+        """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where nothing looks at it."""
+        if self.time is None:
+            return None
         if t is None:
             if x.is_floating_point():
                 raise ValueError("embeddings do not tell how noisy they are: give t")
-            t = mask_share(x == self.mask_id, self.cfg.block_size if way == "block" else x.shape[1], lengths)
+            n = self.cfg.block_size if direction(self.cfg) == "block" else x.shape[1]
+            t = mask_share(x == self.mask_id, n, lengths)
         t = t.unsqueeze(1) if t.dim() == 1 else t
-        levels = [t] if self.cfg.time_inputs == 1 else [t, (torch.zeros_like(t[:, 0]) if latent_t is None else latent_t).unsqueeze(1)]
-        return self.time(*levels)
+        if self.cfg.time_inputs == 1:
+            return self.time(t)
+        latent_t = torch.zeros_like(t[:, 0]) if latent_t is None else latent_t
+        return self.time(t, latent_t.unsqueeze(1))
 
+    def embed(self, x, time, before):
+        """Ids (B,T) or embeddings (B,T,C) -> (B,T,C)."""
+        if not x.is_floating_point():
+            return self.emb(x)
+        if self.cfg.self_cond:
+            x = torch.cat([x, torch.zeros_like(x) if before is None else before], -1)
+        return self.enter(x) + time if self.cfg.gaussian else x
+
+    def add_prefix(self, latent, x, time, lengths):
+        """The latents' P tokens before the text, with its mean noise level -> x (B,P+T,C), time, lengths."""
+        P = self.cfg.latent_prefix_len
+        x = torch.cat([self.latent_prefix(latent).to(x.dtype), x], 1)
+        if time is not None and time.shape[1] > 1:
+            time = torch.cat([time.mean(1, keepdim=True).expand(-1, P, -1), time], 1)
+        return x, time, None if lengths is None else lengths + P
+
+    def heads(self, h, lengths, has_latent, states):
+        """h (B,T,C), after the last norm, or (B,P+T,C) where has_latent (B,) is not None -> Output."""
+        cfg, P, prefix, latent = self.cfg, self.cfg.latent_prefix_len, None, None
+        if has_latent is not None:
+            prefix, h = h.split([P, h.shape[1] - P], 1)                          # (B,P,C), (B,T,C)
+            lengths = None if lengths is None else lengths - P
+        shown = h
+        if cfg.predict == "next":          # the first token has none before it, but perhaps a latent
+            first = h[:, :1]
+            if prefix is not None:
+                first = torch.where(has_latent[:, None, None], prefix[:, -1:], first)
+            shown = torch.cat([first, h[:, :-1]], 1)
+        logits = F.linear(shown, self.emb.weight[:-1] if cfg.tie_embeddings else self.head.weight).float()
+        if cfg.logit_cap:
+            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)          # (B,T,V)
+        if cfg.latent_dim:
+            text = mean_over(h, real_tokens(h, lengths))                         # (B,C)
+            if prefix is None:
+                prefix, has_latent = h.new_zeros(len(h), P, cfg.n_embd), h.new_ones(len(h))
+            latent = self.latent_head(prefix * has_latent[:, None, None], text).float()      # (B,D)
+        return Output(logits, h, latent, self.vector(h) if cfg.gaussian else None, states)
+
+    def table(self):
+        """The V tokens' embeddings, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
+        return F.normalize(self.emb.weight[:-1].float(), dim=-1) * self.cfg.n_embd**0.5
+
+    def posterior(self, x, lengths=None):
+        """Stage II's q(z|x), x (B,T) clean text -> mu, log variance (B,D), the text's mean output (B,C)."""
+        out = self(x, lengths=lengths)
+        mu, logvar = self.latent_encoder(out, lengths)
+        return mu.float(), logvar.float(), mean_over(out.hidden, real_tokens(x, lengths)).float()
 
 def mask_share(masked, n, lengths):
-    """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) where one block is all."""
-    B, T = masked.shape
-    real = torch.ones_like(masked) if lengths is None else torch.arange(T, device=masked.device) < lengths[:, None]
-    blocks = lambda z: F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1)
-    share = blocks(masked & real) / blocks(real).clamp_min(1)
+    """masked (B,T) bool -> the share of masked tokens in each block of n, (B,T), or (B,) for one block."""
+    (B, T), real = masked.shape, real_tokens(masked, lengths)
+    real = torch.ones_like(masked) if real is None else real
+    count, of = (F.pad(z.float(), (0, -T % n)).view(B, -1, n).sum(-1) for z in (masked & real, real))
+    share = count / of.clamp_min(1)
     return share[:, 0] if n >= T else share.repeat_interleave(n, 1)[:, :T]
-
-
-def pattern(cfg):
-    """The mixer of every layer."""
-    names = cfg.mixer.split(",")
-    return [names[i % len(names)] for i in range(cfg.n_layer)]
-
-
-def direction(cfg):
-    """cfg.direction, or what the mixers do by themselves."""
-    return cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]
-
-
-def check_config(cfg):
-    """ValueError, in one line with the repair, for a config no network can be built from."""
-    if cfg.head_size not in HEAD_SIZES:
-        raise ValueError(f"head_size={cfg.head_size} is not supported: choose one of {', '.join(map(str, HEAD_SIZES))}")
-    if cfg.n_embd < 1 or cfg.n_embd % cfg.head_size:
-        raise ValueError(f"n_embd={cfg.n_embd} is not a multiple of head_size={cfg.head_size}: "
-                         f"choose {max(1, round(cfg.n_embd / cfg.head_size)) * cfg.head_size}")
-    for key, rows in CHOICES.items():
-        if (value := getattr(cfg, key)) not in rows and (key, value) != ("direction", ""):
-            raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(rows)}")
-    for key in ("n_layer", "block_size"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
-    if cfg.time_dim < 2 or cfg.time_dim % 2:
-        raise ValueError(f"time_dim={cfg.time_dim} is not allowed: give an even number")
-    for name in pattern(cfg):
-        if name not in TIME_MIXERS:
-            raise ValueError(f"mixer={cfg.mixer!r}: {name!r} is unknown: choose from {', '.join(TIME_MIXERS)}")
-        if direction(cfg) not in (can := TIME_MIXERS[name].directions):
-            raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: choose one of {', '.join(can)}")
-    if cfg.gaussian and cfg.time_cond == "none" and not any(hasattr(TIME_MIXERS[name], "wants_time") for name in pattern(cfg)):
-        raise ValueError("a Gaussian network must know the noise level: choose time_cond=add, film or adaln_zero")
-    if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
-        raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: choose direction=bidirectional, or ffn_shift=before")
-    if cfg.latent_dim:
-        if direction(cfg) == "block":
-            raise ValueError("latents stand before whole rows: choose direction=bidirectional or causal")
-        if direction(cfg) == "causal" and cfg.latent_pred_from == "prefix":
-            raise ValueError("latent_pred_from=prefix: in a causal network the prefix does not see the text; choose text or both, or "
-                             "direction=bidirectional")
-        if cfg.latent_dim < 1 or cfg.latent_prefix_len < 1:
-            raise ValueError(f"latent_dim={cfg.latent_dim}, latent_prefix_len={cfg.latent_prefix_len}: give at least 1 each")
-        if cfg.latent_encoder == "rwkv_pool" and "rwkv7" not in pattern(cfg):
-            raise ValueError(f"latent_encoder=rwkv_pool reads RWKV-7 states, which mixer={cfg.mixer} has not: choose latent_encoder=mlp")
-    elif cfg.latent_encoder != "none":
-        raise ValueError(f"latent_encoder={cfg.latent_encoder} needs a network with latents: give latent_dim")
-    if direction(cfg) == "block" and cfg.dw_jrt and not DW_JRT_INJECT[cfg.dw_jrt_inject].keeps_context:
-        raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: choose dw_jrt_inject=gate for direction=block")
-
 
 def weight_bytes(cfg):
     """At least what the weights take in memory, bytes, before anything is built."""
-    C, L = cfg.n_embd, cfg.n_layer
-    ranks = 2 * C * (cfg.rank_w + cfg.rank_a + cfg.rank_g) * ("rwkv7" in cfg.mixer)
-    return 4 * (L * (4 * C * C + 2 * C * (cfg.dim_ffn or 4 * C) + ranks) + cfg.vocab_size * C * (2 - cfg.tie_embeddings)
-                + cfg.latent_dim * cfg.latent_prefix_len * C)
-
+    C, embeddings = cfg.n_embd, 1 if cfg.tie_embeddings else 2
+    layer = 4 * C * C + 2 * C * (cfg.dim_ffn or 4 * C)
+    if "rwkv7" in cfg.mixer:
+        layer += 2 * C * (cfg.rank_w + cfg.rank_a + cfg.rank_g)
+    outside = cfg.vocab_size * C * embeddings + cfg.latent_dim * cfg.latent_prefix_len * C
+    return 4 * (cfg.n_layer * layer + outside)
 
 def in_memory(need, what):
     """ValueError if `need` bytes are more than this machine has."""
@@ -814,89 +877,172 @@ def in_memory(need, what):
     except (ValueError, OSError, AttributeError):      # a system that does not say
         return
     if need > have:
-        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, this machine has {have / 2**30:.1f}: choose smaller sizes")
+        raise UserError(f"{what} takes at least {need / 2**30:,.1f} GiB, "
+                        f"this machine has {have / 2**30:.1f}: choose smaller sizes")
 
-
-# ---- initialisation and parameter kinds: RWKV-LM's RWKV-v7/train_temp ----
+# ---- initialisation, parameter kinds, optimizers: RWKV-LM's RWKV-v7/train_temp ----
 
 def head_gain(cfg):
     return 0.5 * max(1, cfg.vocab_size / cfg.n_embd) ** 0.5
 
-
-def init_weights(model):
-    cfg = model.cfg
+def initial(cfg):
+    """{name: f(p, i)}: what parameter p of layer i starts as; what has no row keeps what its module set."""
     C, N, L = cfg.n_embd, cfg.head_size, cfg.n_layer
     n = torch.arange(C)
     ddd, linear = n / C, n / max(1, C - 1) - 0.5
     zigzag = ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = zigzag * zigzag.abs()
 
-    def orthogonal(p, gain):
-        return nn.init.orthogonal_(torch.empty(p.shape), gain)
+    def full(value):
+        return lambda p, i: torch.full(p.shape, float(value))
 
-    def lora(p):   # the second half of a low-rank path
-        return orthogonal(p, 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+    def orthogonal(gain):
+        return lambda p, i: nn.init.orthogonal_(torch.empty(p.shape), gain)
+
+    def low_rank(p, i):                    # the second half of such a path
+        return nn.init.orthogonal_(torch.empty(p.shape), 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def shift(power):
         return lambda p, i: 1 - ddd ** (power * (1 - i / L))
 
-    zeros, ones = (lambda p, i: torch.zeros(p.shape)), (lambda p, i: torch.ones(p.shape))
+    def decay(p, i):
+        return -6 + 6 * (n / max(1, C - 1)) ** (1 + (i / max(1, L - 1)) ** 0.3) + 0.5 + zigzag * 2.5
+
     rows = {
         "emb.weight": lambda p, i: torch.empty(p.shape).uniform_(-1e-4, 1e-4),
-        "head.weight": lambda p, i: orthogonal(p, head_gain(cfg)),
+        "head.weight": orthogonal(head_gain(cfg)),
         "att.x_r": shift(0.2), "att.x_w": shift(0.9), "att.x_k": shift(0.7),
         "att.x_v": shift(0.7), "att.x_a": shift(0.9), "att.x_g": shift(0.2),
-        "att.w0": lambda p, i: -6 + 6 * (n / max(1, C - 1)) ** (1 + (i / max(1, L - 1)) ** 0.3) + 0.5 + zigzag * 2.5,
+        "att.w0": decay,
         "att.a0": lambda p, i: -0.19 + zigzag * 0.3 + linear * 0.4,
         "att.v0": lambda p, i: 0.73 - linear * 0.4,
         "att.k_k": lambda p, i: 0.71 - linear * 0.1,
-        "att.k_a": lambda p, i: torch.full((C,), 1.02),
-        "att.r_k": lambda p, i: torch.full(p.shape, -0.04),
-        **{f"att.{q}1": zeros for q in "wavg"}, **{f"att.{q}2": lambda p, i: lora(p) for q in "wavg"},
-        "att.decay": lambda p, i: torch.logspace(-2, 0.5, C).expm1().log(),      # softplus of it: 0.01 ... 3 a token
+        "att.k_a": full(1.02), "att.r_k": full(-0.04),
+        **{f"att.{q}1": full(0) for q in "wavg"}, **{f"att.{q}2": low_rank for q in "wavg"},
+        "att.decay": lambda p, i: torch.logspace(-2, 0.5, C).expm1().log(),    # softplus: 0.01 ... 3 / token
         "att.bonus": lambda p, i: math.log(0.3) + zigzag * 0.5,
-        "att.fuse.w_b": ones, "att.fuse.mix.weight": lambda p, i: torch.eye(C).repeat(1, 2),
-        "att.query.weight": lambda p, i: orthogonal(p, 1.0),
-        "att.receptance.weight": lambda p, i: orthogonal(p, 1.0),
-        "att.key.weight": lambda p, i: orthogonal(p, 0.1),
-        "att.value.weight": lambda p, i: orthogonal(p, 1.0),
-        "att.output.weight": zeros,
-        "att.ln_x.weight": lambda p, i: torch.full((C,), ((1 + i) / L) ** 0.7), "att.ln_x.bias": zeros,
-        "att.jrt.alpha": lambda p, i: torch.full(p.shape, float(cfg.dw_jrt_alpha_init)),
+        "att.fuse.w_b": full(1), "att.fuse.mix.weight": lambda p, i: torch.eye(C).repeat(1, 2),
+        "att.query.weight": orthogonal(1.0), "att.receptance.weight": orthogonal(1.0),
+        "att.key.weight": orthogonal(0.1), "att.value.weight": orthogonal(1.0), "att.output.weight": full(0),
+        "att.ln_x.weight": lambda p, i: torch.full((C,), ((1 + i) / L) ** 0.7), "att.ln_x.bias": full(0),
+        "att.jrt.alpha": full(cfg.dw_jrt_alpha_init),
         "ffn.x_k": lambda p, i: 1 - ddd ** ((1 - i / L) ** 4),
-        "ffn.key.weight": lambda p, i: orthogonal(p, 1.0),
-        "ffn.value.weight": zeros,
-        **{f"{ln}.weight": ones for ln in ("ln0", "ln1", "ln2", "ln_out")},
-        **{f"{ln}.bias": zeros for ln in ("ln0", "ln1", "ln2", "ln_out")},
+        "ffn.key.weight": orthogonal(1.0), "ffn.value.weight": full(0),
+        **{f"{ln}.weight": full(1) for ln in ("ln0", "ln1", "ln2", "ln_out")},
+        **{f"{ln}.bias": full(0) for ln in ("ln0", "ln1", "ln2", "ln_out")},
     }
     if cfg.tie_embeddings:                 # the table must be able to be a head
-        rows["emb.weight"] = lambda p, i: orthogonal(p, 0.5)
-    for name, p in model.named_parameters():
-        block, i = name.startswith("blocks."), int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        row = rows.get(name.split(".", 2)[2].replace("att.back.", "att.") if block else name)
-        if row:                            # what has no row here keeps what its module set
-            p.data.copy_(row(p, i).view(p.shape))
+        rows["emb.weight"] = orthogonal(0.5)
+    return rows
 
+def init_weights(model):
+    rows = initial(model.cfg)
+    for name, p in model.named_parameters():
+        i, row = 0, name
+        if name.startswith("blocks."):     # blocks.3.att.back.key.weight: row att.key.weight, layer 3
+            _, i, row = name.split(".", 2)
+        if make := rows.get(row.replace("att.back.", "att.")):
+            p.data.copy_(make(p, int(i)).view(p.shape))
 
 def parameter_kinds(model):
     """[(name, parameter, kind, lr multiplier, decayed)]: what an optimizer must know of each parameter.
 
-    kind: emb, head, matrix (a block's big matrices), norm (and biases), scalar (DW-JRT gates), vector (all else: shifts, low-rank
-    paths). A tied embedding is a head.
-    As in RWKV-LM's train_temp, w0 learns at twice the rate and weight decay touches only `.weight` matrices.
+    kind: emb, head (also a tied embedding), matrix (a block's big ones), norm (and biases), scalar (DW-JRT
+    gates), vector (all else: shifts, low-rank paths). As in RWKV-LM's train_temp, w0 learns at twice the rate
+    and weight decay touches only `.weight` matrices.
     """
-    def kind(name, p):
+    def kind(name):
         if name in ("emb.weight", "head.weight"):
             return "head" if model.cfg.tie_embeddings else name.split(".")[0]
         if ".ln" in name or name.startswith("ln_") or name.endswith(".bias"):
             return "norm"
-        return "scalar" if "jrt" in name else "matrix" if name.endswith(".weight") else "vector"
+        if "jrt" in name:
+            return "scalar"
+        return "matrix" if name.endswith(".weight") else "vector"
 
-    return [(n, p, kind(n, p), 2.0 if "att.w0" in n else 1.0, n.endswith(".weight") and p.squeeze().dim() >= 2)
+    return [(n, p, kind(n), 2.0 if "att.w0" in n else 1.0, n.endswith(".weight") and p.squeeze().dim() >= 2)
             for n, p in model.named_parameters()]
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with adjust_lr_fn="original", its Newton-Schulz iterations batched over matrices of
+    one shape: the same update in half the time, where matrices are small and many."""
+
+    @torch.no_grad()
+    def step(self):
+        if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
+            return super().step()                      # sharded parameters take torch's own way
+        for group in self.param_groups:
+            params, grads, means, alike = [], [], [], {}
+            self._init_group(group, params, grads, means)
+            if not params:                             # none of them learns at present
+                continue
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
+                rate = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                if p.shape[0] > p.shape[1]:            # tall ones lie down
+                    p, update = p.mT, update.mT
+                alike.setdefault(p.shape, []).append((p, update, rate))
+            for shape, rows in alike.items():
+                n = max(1, 2**24 // shape.numel())     # large ones fill the machine by themselves
+                for at in range(0, len(rows), n):
+                    params, updates, rates = zip(*rows[at:at + n])
+                    for p, update, rate in zip(params, self.orthogonal(updates, group), rates):
+                        p.add_(update, alpha=-rate)
+
+    def orthogonal(self, updates, group):
+        """Matrices of one shape, none tall -> (n, rows, columns), near the nearest semi-orthogonal ones."""
+        x = torch.stack(updates)
+        x = x.bfloat16() if muon_in_bf16(x.device) else x.float()
+        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+
+def muon_in_bf16(device):
+    """Are Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step
+    where bfloat16 is fast: otherwise rounding grows until one process and two are no longer the same run."""
+    return device.type != "cpu" and fast_bf16(device)
+
+def muon_rows(model, cfg):
+    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate per kind of parameter."""
+    rates = dict(emb=cfg.wte_lr, head=cfg.head_lr, norm=cfg.ln_lr, scalar=cfg.lambda_lr, vector=cfg.adam_lr)
+    groups = {}
+    for _, p, kind, scale, _ in parameter_kinds(model):
+        groups.setdefault((kind, scale), []).append(p)
+    matrices = groups.pop(("matrix", 1.0))
+    adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
+    return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
+            Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)]
+
+def adamw_rows(model, cfg):
+    """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
+    groups = {}
+    for name, p, _, scale, decayed in parameter_kinds(model):
+        if cfg.freeze_backbone and name == "emb.weight":       # its tokens' rows must stay as they are
+            decayed = False
+        groups.setdefault((scale, decayed), []).append(p)
+    rows = [dict(params=ps, lr=cfg.learning_rate * scale, weight_decay=cfg.weight_decay if decayed else 0.0)
+            for (scale, decayed), ps in groups.items()]
+    return [torch.optim.AdamW(rows, betas=(0.9, 0.99), eps=1e-18, fused=True)]
+
+OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}      # (model, cfg with train.py's rates) -> [optimizer]
 
 # ---- checkpoints: plain tensors and dicts, written whole or not at all ----
+
+# What RWKV-7 weights have at least, and in how many dimensions.
+OFFICIAL = {"emb.weight": 2, "head.weight": 2, "ln_out.weight": 1, "blocks.0.ln0.weight": 1,
+            "blocks.0.att.r_k": 2, "blocks.0.att.w1": 2, "blocks.0.att.a1": 2, "blocks.0.att.g1": 2,
+            "blocks.0.ffn.key.weight": 2}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
+SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "mixer",
+          "rank_w", "rank_a", "rank_v", "rank_g")
+# What pretrained weights may lack: DW-JRT, backward scan, noise level, latents; only DW-JRT changes logits.
+ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
 
 def save_checkpoint(path, content):
     """Written whole or not at all (configurator.written). UserError if the folder cannot be written."""
@@ -904,132 +1050,142 @@ def save_checkpoint(path, content):
     with written(path) as f:
         torch.save(content, f)
 
-
 def load_checkpoint(path):
-    """A file of tensors -> dict on the CPU. ValueError in one line if it is missing, truncated or not such a file. Its claims of
-    size are compared with the file before memory is taken."""
+    """A file of tensors -> dict on the CPU. ValueError, in one line, if it is missing, truncated or foreign.
+    Its claims of size are compared with the file before memory is taken."""
     if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path} does not exist: train first, or give the path of a .pt or .pth file")
-    size = os.path.getsize(path)
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as z:
-                    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in z.infolist()):
-                        raise ValueError("it is compressed")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth file") from None
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"checkpoint {path} is not a file of plain tensors and is not loaded, for safety: {str(e).split('.')[0]}") from None
-    except Exception as e:                 # a foreign file can make its reader fail in any way; safetensors has exceptions of its own
-        raise ValueError(f"checkpoint {path} cannot be read ({' '.join(str(e).split())[:80]}): it is truncated or no checkpoint") from None
+        raise ValueError(f"checkpoint {path} does not exist: train first, or give a .pt or .pth file")
+    content, size = read_tensors(path), os.path.getsize(path)
     if not isinstance(content, dict) or not any(isinstance(v, (Tensor, dict)) for v in content.values()):
-        raise ValueError(f"checkpoint {path} holds no weights: give a checkpoint of train.py or an official RWKV-7 .pth")
+        raise ValueError(f"checkpoint {path} holds no weights: give a checkpoint of train.py or an official "
+                         "RWKV-7 .pth")
     if "model_config" not in content:
         content = unwrapped(content)
-    own = "model_config" in content
-    parts = [content[key] for key in ("model", "averaged") if key in content] if own else [content]
-    for part in parts if own or all(isinstance(x, Tensor) for x in content.values()) else ():
-        check_weights(part, size, path)
-    for key, kind in dict(model_config=dict, step=int, config=dict, tokenizer=dict, optimizers=list).items() if own else ():
-        if not isinstance(content.get(key, kind()), kind) or key == "step" and not 0 <= content.get(key, 0) < 2**63:
+    if "model_config" not in content:
+        if all(isinstance(x, Tensor) for x in content.values()):
+            check_weights(content, size, path)
+        return content
+    for key in ("model", "averaged"):
+        if key in content:
+            check_weights(content[key], size, path)
+    for key, kind in dict(model_config=dict, step=int, config=dict, tokenizer=dict, optimizers=list).items():
+        value = content.get(key, kind())
+        if not isinstance(value, kind) or key == "step" and not 0 <= value < 2**63:
             raise ValueError(f"checkpoint {path} has a {key} that cannot be: it is damaged")
-    if own and "model" not in content:
+    if "model" not in content:
         raise ValueError(f"checkpoint {path} holds no weights: it is damaged")
     return content
 
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
-PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
-
+def read_tensors(path):
+    """What torch.save or safetensors wrote; ValueError, in one line, for anything else."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as z:
+                size = os.path.getsize(path)
+                if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in z.infolist()):
+                    raise ValueError("it is compressed")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors, or give the .pth "
+                         "file") from None
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"checkpoint {path} is not a file of plain tensors and is not loaded, for safety: "
+                         f"{str(e).split('.')[0]}") from None
+    except Exception as e:                 # a foreign file can make its reader fail in any way
+        raise ValueError(f"checkpoint {path} cannot be read ({' '.join(str(e).split())[:80]}): "
+                         "it is truncated or no checkpoint") from None
 
 def unwrapped(content):
     """The weights in another trainer's file, under their own names."""
     while inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None):
         content = inner
-    while prefix := next((p for p in PREFIXES if content and all(str(name).startswith(p) for name in content)), None):
+    while content:
+        prefix = next((p for p in PREFIXES if all(str(name).startswith(p) for name in content)), None)
+        if prefix is None:
+            break
         content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
-
 def check_weights(weights, size, path):
-    """ValueError unless `weights` are plain dense tensors, together no larger than the file of `size` bytes."""
-    plain = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
-    odd = next((name for name, x in weights.items() if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_quantized
-                or x.is_complex() or x.device.type == "meta"), None) if plain else None
-    if not plain or odd:
-        what = f"{odd} is {type(weights[odd]).__name__}, " if odd else ""
-        raise ValueError(f"checkpoint {path} must map names to plain dense tensors ({what}sparse and quantised ones are not read): "
-                         "give a checkpoint of train.py or an official RWKV-7 .pth")
-    if (claim := sum(x.numel() * x.element_size() for x in weights.values())) > size:
-        raise ValueError(f"checkpoint {path} claims tensors of {claim:,} bytes, the file has {size:,}: it is damaged")
+    """ValueError unless `weights` are plain dense tensors, together no larger than `size` bytes, the file."""
+    def dense(x):
+        return (isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+                and not x.is_quantized and not x.is_complex())
 
+    named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+    odd = next((name for name, x in weights.items() if not dense(x)), None) if named else None
+    if not named or odd:
+        what = f"{odd} is {type(weights[odd]).__name__}, " if odd else ""
+        raise ValueError(f"checkpoint {path} must map names to plain dense tensors ({what}sparse and "
+                         "quantised ones are not read): "
+                         "give a checkpoint of train.py or an official RWKV-7 .pth")
+    if (claim := state_bytes(list(weights.values()))) > size:
+        raise ValueError(f"checkpoint {path} claims tensors of {claim:,} bytes, the file has {size:,}: "
+                         "it is damaged")
+
+def block_numbers(weights):
+    """-> the numbers of a state dict's blocks, as text, and whether one is missing between 0 and the last."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
+    return blocks, blocks != set(map(str, range(len(blocks))))
 
 def own_config(content, path):
-    """ModelConfig of a checkpoint of train.py. ValueError for fields of a newer version, for values of another type, and for
-    sizes that are not those of its weights."""
-    known, given, weights = {f.name: f.default for f in fields(ModelConfig)}, content["model_config"], content["model"]
-    if newer := [str(key) for key in given if key not in known]:
-        raise ValueError(f"checkpoint {path} was written by another version of this code, which has {', '.join(newer[:4])}: use that one")
-    if wrong := [f"{key}={short(value)}" for key, value in given.items() if type(value) is not type(known[key])
-                 and not (type(value) is int and type(known[key]) is float)]:
-        raise ValueError(f"checkpoint {path} is damaged: its model_config has {', '.join(wrong[:4])}")
-    rows = merge([section(ModelConfig)], {})
-    for key, value in given.items():
-        checked(key, value, rows[key], path)
-    cfg = ModelConfig(**given)
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
+    """ModelConfig of a checkpoint of train.py. ValueError for fields of a newer version, for values of
+    another type, and for sizes that are not those of its weights."""
+    given, weights, rows = content["model_config"], content["model"], merge([section(ModelConfig)], {})
+    if newer := [str(key) for key in given if key not in rows]:
+        raise ValueError(f"checkpoint {path} was written by another version of this code, which has "
+                         f"{', '.join(newer[:4])}: use that one")
+    cfg = ModelConfig(**{key: checked(key, value, rows[key], path) for key, value in given.items()})
+    blocks, holes = block_numbers(weights)
     table = tuple(weights["emb.weight"].shape) if "emb.weight" in weights else ()
-    if blocks != set(map(str, range(len(blocks)))) or len(blocks) != cfg.n_layer or table != (cfg.vocab_size + 1, cfg.n_embd):
-        raise ValueError(f"checkpoint {path} is damaged: it says n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, "
+    if holes or len(blocks) != cfg.n_layer or table != (cfg.vocab_size + 1, cfg.n_embd):
+        raise ValueError(f"checkpoint {path} is damaged: it says n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, "
+                         f"vocab_size={cfg.vocab_size}, "
                          f"its weights are {len(blocks)} blocks and an embedding of {table}")
     return cfg
 
-
-OFFICIAL = ("emb.weight", "head.weight", "ln_out.weight", "blocks.0.ln0.weight", "blocks.0.att.r_k", "blocks.0.att.w1",
-            "blocks.0.att.a1", "blocks.0.att.g1", "blocks.0.ffn.key.weight")
-
-
 def official_config(weights, path, **overrides):
-    """ModelConfig of an official RWKV-7 state dict, read from its shapes. ValueError names the keys that are missing."""
+    """ModelConfig of an official RWKV-7 state dict, from its shapes. ValueError names missing keys."""
     if missing := [k for k in OFFICIAL if k not in weights]:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: "
+                         f"it lacks {', '.join(missing)}")
     check_weights(weights, math.inf, path)
-    shape = lambda key: weights[key].squeeze().shape
-    blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
-    flat = [k for k in OFFICIAL if len(shape(k)) != 1 + (k not in ("ln_out.weight", "blocks.0.ln0.weight"))]
-    if flat or blocks != set(map(str, range(len(blocks)))):
-        raise ValueError(f"{path} is not RWKV-7 weights: " + (f"{flat[0]} has shape {tuple(weights[flat[0]].shape)}" if flat else
-                                                             f"blocks are missing between 0 and {max(blocks, key=len)[:12]}"))
-    (V, C), (_, N), v1 = shape("emb.weight"), shape("blocks.0.att.r_k"), weights.get("blocks.1.att.v1")
-    own = dict(n_layer=len(blocks), n_embd=C, head_size=N,
-               vocab_size=V, dim_ffn=shape("blocks.0.ffn.key.weight")[0], rank_w=shape("blocks.0.att.w1")[1],
-               rank_a=shape("blocks.0.att.a1")[1], rank_g=shape("blocks.0.att.g1")[1], rank_v=0 if v1 is None else v1.squeeze().shape[1])
-    if clash := [f"{k}={overrides[k]} (the file has {v})" for k, v in own.items() if overrides.get(k, v) not in (v, 0)]:
-        raise ValueError(f"{path} has another shape than asked for: {', '.join(clash)}; leave these settings out")
+    shapes = {k.removeprefix("blocks.0."): weights[k].squeeze().shape for k in OFFICIAL}
+    if flat := [k for k, dims in OFFICIAL.items() if weights[k].squeeze().dim() != dims]:
+        raise ValueError(f"{path} is not RWKV-7 weights: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")
+    blocks, holes = block_numbers(weights)
+    if holes:
+        raise ValueError(f"{path} is not RWKV-7 weights: "
+                         f"blocks are missing between 0 and {max(blocks, key=len)[:12]}")
+    (V, C), v1 = shapes["emb.weight"], weights.get("blocks.1.att.v1")
+    own = dict(n_layer=len(blocks), n_embd=C, head_size=shapes["att.r_k"][1], vocab_size=V,
+               dim_ffn=shapes["ffn.key.weight"][0], rank_w=shapes["att.w1"][1], rank_a=shapes["att.a1"][1],
+               rank_g=shapes["att.g1"][1], rank_v=0 if v1 is None else v1.squeeze().shape[1])
+    refuse_other_shapes(path, "the file", overrides, own)
     return ModelConfig(**(overrides | own))
 
+def refuse_other_shapes(path, what, asked, own):
+    """ValueError for settings that are not those of the file; 0 stands for the file's."""
+    if clash := [f"{k}={asked[k]} ({what} has {v})" for k, v in own.items() if asked.get(k, v) not in (v, 0)]:
+        raise ValueError(f"{path} has another shape than asked for: {', '.join(clash)}; "
+                         "leave these settings out")
 
 def from_pretrained(path, content=None, /, **overrides):
-    """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: fields of ModelConfig that are no shapes.
-
-    An official file has no row for the mask and no DW-JRT gates: those start as at initialisation. ValueError, in one line,
-    for a file that is missing, truncated, foreign, or of another shape. content: what load_checkpoint gave for the path already.
-    """
+    """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: ModelConfig fields but SHAPES.
+    An official file has no row for the mask and no DW-JRT gates: those start as at initialisation.
+    content: from load_checkpoint, if known. ValueError, in one line, also for files of another shape."""
     content = load_checkpoint(path) if content is None else content
     if "model_config" in content:
         cfg, weights = own_config(content, path), content["model"]
         if "averaged" in content:              # what was evaluated while training
-            weights = {k.removeprefix("module."): v for k, v in content["averaged"].items() if k != "n_averaged"}
-        if clash := [f"{k}={v} (the checkpoint has {getattr(cfg, k)})" for k, v in overrides.items()
-                     if k in SHAPES and v not in (getattr(cfg, k), 0)]:
-            raise ValueError(f"checkpoint {path} has another shape than asked for: {', '.join(clash)}; leave these settings out")
-        cfg = replace(cfg, **{k: v for k, v in overrides.items() if k not in SHAPES})
-        model = Denoiser(cfg)
+            averaged = content["averaged"].items()
+            weights = {k.removeprefix("module."): v for k, v in averaged if k != "n_averaged"}
+        own = {k: getattr(cfg, k) for k in SHAPES}
+        refuse_other_shapes(f"checkpoint {path}", "the checkpoint", overrides, own)
+        model = Denoiser(replace(cfg, **(overrides | own)))
     else:
         weights = dict(content)
         model = Denoiser(official_config(weights, path, **overrides))
@@ -1040,147 +1196,77 @@ def from_pretrained(path, content=None, /, **overrides):
     load_weights(model, weights, path)
     return model
 
-
-SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "mixer")
-
-
-# What pretrained weights may lack: DW-JRT, the backward scan, the noise level, latents. All start without effect on the logits, but for DW-JRT.
-ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
-
-
 def load_weights(model, weights, path):
-    """Copy a state dict into the model, whatever its dtype; only ADDED parameters may be absent. ValueError else."""
+    """Copy a state dict into the model, whatever its dtype; ValueError unless only ADDED ones are absent."""
     own = model.state_dict()
     for name, module in model.named_modules():
         if name.endswith(".fuse"):         # a causal checkpoint: at first the forward scan alone
             own |= {f"{name}.{k}": v for k, v in type(module)(model.cfg).state_dict().items()}
     if model.cfg.copy_back:
-        weights = {k: weights[k.replace(".back.", ".")] for k in own if k.replace(".back.", ".") in weights} | weights
-    missing = [k for k in own if k not in weights and not any(part in k for part in ADDED)]
-    strange = [k for k in weights if k not in own and ".jrt." not in k]
-    wrong = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-             if k in weights and weights[k].numel() != v.numel()]
+        sources = {k: k.replace(".back.", ".") for k in own}
+        weights = {k: weights[source] for k, source in sources.items() if source in weights} | weights
     if broken := [k for k, v in weights.items() if k in own and not torch.isfinite(v).all()]:
-        raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: the run that wrote it diverged; "
-                         "use an earlier checkpoint")
-    for what, keys in (("lacks", missing), ("has unknown", strange), ("has another shape in", wrong)):
+        raise ValueError(f"{path} holds NaN or infinite numbers in {', '.join(broken[:4])}: "
+                         "the run that wrote it diverged; use an earlier checkpoint")
+    found = {k: weights[k] for k in own if k in weights}
+    complaints = {"lacks": [k for k in own if k not in weights and not any(part in k for part in ADDED)],
+                  "has unknown": [k for k in weights if k not in own and ".jrt." not in k],
+                  "has another shape in": [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+                                           for k, v in found.items() if v.numel() != own[k].numel()]}
+    for what, keys in complaints.items():
         if keys:
-            raise ValueError(f"{path} {what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: "
-                             "it was made by another model; give the settings it was trained with")
-    model.load_state_dict({k: weights[k].reshape(v.shape).to(v.dtype) if k in weights else v for k, v in own.items()})
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            raise ValueError(f"{path} {what} {', '.join(keys[:4])}{more}: it was made by another model; "
+                             "give the settings it was trained with")
+    model.load_state_dict(own | {k: v.reshape(own[k].shape).to(own[k].dtype) for k, v in found.items()})
 
+# ---- the machine ----
 
 def compile_blocks(model, on=True):
-    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code, so that it is compiled once
-    for the first and once for all others: the whole network would take a minute for every ten layers."""
+    """torch.compile for each block where gradients are wanted, or take it back. Blocks share their code: it
+    is compiled for the first and once for all others; the whole network would take a minute per 10 layers."""
     def compiled(plain):
         fast = torch.compile(plain, dynamic=False)         # with shapes left open it takes minutes
         return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
+
     for block in model.blocks:
         block._compiled_call_impl = compiled(block._call_impl) if on else None
-
 
 def fast_bf16(device):
     """Does this device multiply bf16 matrices natively?"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{what}_supported", bool)() for what in ("avx512_bf16", "amx_tile"))
-
+    tests = (getattr(torch.cpu, f"_is_{what}_supported", bool) for what in ("avx512_bf16", "amx_tile"))
+    return device.type == "cpu" and any(test() for test in tests)
 
 def open_device(name, local=0):
-    """auto | cpu | cuda | cuda:1 | mps -> torch.device; `local`: which GPU "cuda" is. ValueError if it is not there."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """auto | cpu | cuda | cuda:1 | mps -> torch.device; local: which GPU "cuda" is. ValueError for others."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.zeros(1, device=device).cpu()
         return device
-    except Exception as e:                 # what a build of torch without it, a driver or a wrong name can raise
+    except Exception as e:                 # what a build of torch, a driver or a wrong name can raise
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        said = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"device={name} cannot be used here ({said[:100]}): there is {there}") from None
-
 
 def tune_cpu():
     """Two settings that make a training step 1.5x faster; both leave results as exact as before.
 
-    glibc hands large freed blocks back to the kernel, so that every step pays for fresh pages again: keep them. And MKL runs
-    float32 products slowly on AMD: allowing bf16 sends them to oneDNN, which still computes in float32 where the processor has no
-    matrix unit (AMX) for bf16. Whether it does so here is tried, and the setting taken back if a product comes out rounded.
+    glibc hands large freed blocks back to the kernel, so that every step pays for fresh pages: keep them. MKL
+    is slow at float32 products on AMD: allowing bf16 sends them to oneDNN, which still computes in float32
+    where there is no bf16 matrix unit (AMX). A product tells; if it comes out rounded, the setting is taken
+    back.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 30)       # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
     if hasattr(torch.backends.mkldnn, "matmul"):
-        before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         x = torch.full((512, 512), 1 + 2**-12)             # bf16 has no such number
         if not torch.equal(x @ torch.eye(512), x):
             torch.backends.mkldnn.matmul.fp32_precision = before
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn="original", the Newton-Schulz iterations of all matrices of one shape as batched products: the same
-    update in half the time, where matrices are small and many. Parameters in pieces (FSDP) take torch's own way."""
-
-    @torch.no_grad()
-    def step(self):
-        if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
-            return super().step()
-        for group in self.param_groups:
-            params, grads, means, alike = [], [], [], {}
-            self._init_group(group, params, grads, means)
-            if not params:                             # none of them learns at present
-                continue
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for p, update in zip(params, torch._foreach_lerp(grads, means, group["momentum"])):
-                tall = p.shape[0] > p.shape[1]         # tall ones lie down
-                alike.setdefault(tuple(sorted(p.shape)), []).append((p.mT if tall else p, update.mT if tall else update, p.shape[0] / p.shape[1]))
-            for shape, some in alike.items():
-                n = max(1, 2**24 // math.prod(shape))  # large ones fill the machine by themselves
-                for part in (some[i:i + n] for i in range(0, len(some), n)):
-                    for (p, _, ratio), update in zip(part, self.orthogonal([update for _, update, _ in part], group)):
-                        p.add_(update, alpha=-group["lr"] * max(1, ratio) ** 0.5)
-
-    def orthogonal(self, updates, group):
-        """Matrices of one shape, none of them tall -> (n, rows, columns), near their nearest semi-orthogonal ones."""
-        x = torch.stack(updates)
-        x = x.bfloat16() if muon_in_bf16(x.device) else x.float()
-        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        a, b, c = group["ns_coefficients"]
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x
-
-
-def muon_in_bf16(device):
-    """Are the Newton-Schulz iterations in bfloat16, as torch's? On a CPU in float32, which costs 6 % of a step where bfloat16 is
-    fast: else rounding grows until one process and two are no longer the same run."""
-    return device.type != "cpu" and fast_bf16(device)
-
-
-def muon_rows(model, cfg):
-    """Muon (arXiv 2502.16982) for the blocks' matrices, Adam for the rest, a rate for each kind of parameter."""
-    rates = dict(emb=cfg.wte_lr, head=cfg.head_lr, norm=cfg.ln_lr, scalar=cfg.lambda_lr, vector=cfg.adam_lr)
-    groups = {}
-    for _, p, kind, scale, _ in parameter_kinds(model):
-        groups.setdefault((kind, scale), []).append(p)
-    matrices = groups.pop(("matrix", 1.0))
-    adam = [dict(params=ps, lr=rates[kind] * scale) for (kind, scale), ps in groups.items()]
-    return [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
-            Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)]
-
-
-def adamw_rows(model, cfg):
-    """AdamW as RWKV-LM's train_temp sets it up: w0 at twice the rate, decay on the big matrices only."""
-    groups = {}
-    for name, p, _, scale, decayed in parameter_kinds(model):
-        decayed = decayed and not (cfg.freeze_backbone and name == "emb.weight")       # its tokens' rows must stay as they are
-        groups.setdefault((scale, decayed), []).append(p)
-    return [torch.optim.AdamW([dict(params=ps, lr=cfg.learning_rate * scale, weight_decay=cfg.weight_decay * decayed)
-                               for (scale, decayed), ps in groups.items()], betas=(0.9, 0.99), eps=1e-18, fused=True)]
-
-
-OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}

@@ -32,7 +32,8 @@ def ids(B, T):
 
 def flat(state):
     """All tensors of a state, in order."""
-    return [z for layer in state for part in layer if part is not None for z in (part if isinstance(part, tuple) else [part])]
+    parts = [z for layer in state for part in layer for z in (part if isinstance(part, tuple) else [part])]
+    return [z for z in parts if z is not None]
 
 
 @torch.no_grad()
@@ -251,8 +252,8 @@ def test_impossible_networks(change, words):
 ROWS = """
 import runpy, sys, torch, model
 class Half(model.RWKV7):
-    def forward(self, x, state, shared):
-        y, *rest = super().forward(x, state, shared)
+    def forward(self, x, state, seq, carry):
+        y, *rest = super().forward(x, state, seq, carry)
         return y / 2, *rest
 class Mean(model.AddFusion):
     def forward(self, f, b):
