@@ -1,6 +1,6 @@
 """Settings: default < config files left to right < environment variable KEY < --key=value or --key value.
 
-The keys of a script are the plain assignments at its top, those of a model its dataclass fields; neither is written twice:
+The keys of a script are the plain assignments at its top, those of a model its dataclass fields:
 
     max_iters = 1000  # [1, 1e9] optimizer steps   <- key, default, type (int), allowed values and help text
 
@@ -8,21 +8,9 @@ The keys of a script are the plain assignments at its top, those of a model its 
         cfg = configure(globals(), ModelConfig, choices={"mixer": TIME_MIXERS})
         main(cfg.pick(ModelConfig), max_iters)     # the resolved value is back in the plain name
 
-Whatever a user types gets the type of the default, is checked, and is named in the error. Config files are never executed.
+What users type gets the type of the default, is checked, and is named in the error. Config files are never executed.
 """
-import ast
-import contextlib
-import dataclasses
-import difflib
-import glob
-import inspect
-import io
-import os
-import re
-import signal
-import sys
-import threading
-import tokenize
+import ast, contextlib, dataclasses, difflib, glob, inspect, io, os, re, signal, sys, threading, tokenize
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,9 +21,8 @@ EXPECTED = {  # the types a key can have -> what to tell a user who gave somethi
     str: "text in quotes", tuple: "values such as 1,2 or (1, 2)", list: "values such as 1,2 or [1, 2]"}
 FAMILIES = ("*_TASK", "*_EVAL", "DW_JRT*", "WKV_*")  # environment names that can only be meant for us ...
 FOREIGN = ("*_PER_TASK",)  # ... but SLURM_CPUS_PER_TASK and its kin belong to the cluster
-PATHS = ("*path", "*_dir", "*_file", "*_bin", "ckpt", "out", "latent", "init_from", "rwkv_lm")  # in these ~ is the home folder
+PATHS = ("*path", "*_dir", "*_file", "*_bin", "ckpt", "out", "latent", "init_from", "rwkv_lm")  # ~ is the home folder
 LARGEST = 2**63 - 1  # no whole number above it fits a tensor
-
 
 class UserError(ValueError):
     """Base of what a user can cause; the message is one line naming the value, what is allowed, and the repair."""
@@ -44,32 +31,24 @@ class SettingError(UserError):
     """A setting that is unknown, mistyped or outside its choices."""
 
 class Interval(NamedTuple):
-    """The numbers that a key may have: `[1, 10]` with both ends, `(0, 1)` without; the first words of its comment."""
-    open_low: bool
+    """The numbers that a key may have: `[1, 10]` with both ends, `(0, 1)` without; its comment begins with it."""
+    opening: str
     low: float
     high: float
-    open_high: bool
-
-    @classmethod
-    def of(cls, comment):
-        """The interval that a comment begins with, or None."""
-        if found := re.match(r"([\[(])([-+.\w]+), ([-+.\w]+)([\])])", comment):
-            return cls(found[1] == "(", float(found[2]), float(found[3]), found[4] == ")")
+    closing: str
 
     def __contains__(self, x):
-        low = self.low < x or self.low == x and not self.open_low
-        return low and (x < self.high or x == self.high and not self.open_high)
+        at_end = self.opening == "[" and x == self.low or self.closing == "]" and x == self.high
+        return at_end or self.low < x < self.high
 
     def __str__(self):
-        return f"{'[('[self.open_low]}{self.low:g}, {self.high:g}{'])'[self.open_high]}"
-
+        return f"{self.opening}{self.low:g}, {self.high:g}{self.closing}"
 
 class Key(NamedTuple):
     """What is known of a key."""
     default: object
     interval: object = None  # Interval or None
     names: object = None  # list of allowed values or None
-
 
 class Settings(SimpleNamespace):
     """Each key is an attribute; `sources[key]` is "default", "default with X", "file F", "env KEY" or "command line".
@@ -86,7 +65,7 @@ class Settings(SimpleNamespace):
             self.sources[key] = f"default with {why}"
 
     def adopt(self, values, keep, why):
-        """For `adjust`: the defaults are those of an earlier run, a dict that may hold keys of another version, but for
+        """For `adjust`: the defaults are those of an earlier run, a dict that may hold keys of another version, except
         the keys to `keep`. SettingError for a value that the key cannot have."""
         for key in values.keys() & self.keys.keys() - set(keep):
             self.default(key, checked(key, values[key], self.keys[key], why), why)
@@ -102,39 +81,47 @@ class Settings(SimpleNamespace):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def lines(self, sources=("",)):
-        """A line such as `dw_jrt = True   (env DW_JRT)` for each key that is not at its plain default, of these sources."""
+        """A line `dw_jrt = True   (env DW_JRT)` for each key of these sources that is not at its plain default."""
         return [f"{key} = {getattr(self, key)!r}   ({source})" for key, source in self.sources.items()
                 if source != "default" and source.startswith(sources)]
 
-def configure(*groups, choices={}, families=FAMILIES, argv=None, env=None, prefix="", adjust=None, show=True):
+def configure(*groups, choices={}, families=FAMILIES, first=(), ignored=(), argv=None, env=None, prefix="",
+              adjust=None, show=True):
     """Resolve every key of `groups` -> Settings.
 
-    groups     a script's globals() (its resolved values are written back), a dataclass type, or a dict name -> (default,
-               comment). In a script or a dataclass, a _name or a default that is not a literal of EXPECTED is no key.
+    groups     a script's globals() (its resolved values are written back), a dataclass type, or a dict name ->
+               (default, comment). In a script or a dataclass, a _name or a default that is not a literal of EXPECTED
+               is not a key. The keys of a script end at its first def or class.
     choices    key -> iterable of allowed names, such as a table; the default is allowed as well
     families   patterns of environment names that must resolve to a key
+    first      the keys that --help lists first
+    ignored    patterns of former keys: accepted wherever a key is, without effect
     argv, env  the command line without the script's name, and the environment; None: those of this process
-    prefix     of the names in the environment, but for those of `families`: plain words are other programs', too
+    prefix     of the names in the environment, except those of `families`: plain words are other programs', too
+    adjust     called with the Settings before they are printed, for defaults that depend on others: cfg.default(...)
     show       print every key that is not at its default; False: only what was taken from the environment
-    adjust     called with the Settings before they are printed, for defaults that depend on others: `cfg.default(...)`
     Errors: SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits with 0.
     """
-    argv, env = sys.argv[1:] if argv is None else argv, os.environ if env is None else env
+    argv = sys.argv[1:] if argv is None else argv
+    env = os.environ if env is None else env
     choices = {key: list(names) for key, names in choices.items()}
     sections = [section(group) for group in groups]
-    keys = merge(sections, choices)
+    keys = merge(sections, choices, first)
     if "-h" in argv or "--help" in argv:
-        print(help_text(groups, sections, choices, prefix))
+        print(help_text(groups, sections, choices, first, prefix))
         raise SystemExit(0)
 
-    cfg = Settings(**{key: row.default for key, row in keys.items()}, sources=dict.fromkeys(keys, "default"), keys=keys)
+    cfg = Settings(**{key: row.default for key, row in keys.items()}, keys=keys, sources=dict.fromkeys(keys, "default"))
     files, options = split_argv(argv, keys)
-    given = [(key, value, f"file {path}") for path in files for key, value in read_config(path, keys)]
-    given += [(key, text, f"env {name}") for key, name, text in read_environment(env, keys, families, prefix)]
-    given += [(key, text, "command line") for key, text in options]
-    for key, value, source in given:  # in order of precedence: the last one stays
-        setattr(cfg, key, checked(key, value, keys[key], source))
-        cfg.sources[key] = source
+    given = [row for path in files for row in read_config(path)]
+    given += [*read_environment(env, keys, families, prefix, ignored), *options]
+    for name, value, source in given:  # in order of precedence: the last one stays
+        key = name.replace("-", "_")
+        if key in keys:
+            setattr(cfg, key, checked(key, value, keys[key], source))
+            cfg.sources[key] = source
+        elif not fits(key, ignored):
+            raise unknown(name, source, keys)
     if adjust:
         adjust(cfg)
     for group, (_, mine) in zip(groups, sections):
@@ -144,7 +131,7 @@ def configure(*groups, choices={}, families=FAMILIES, argv=None, env=None, prefi
         print(line)
     return cfg
 
-# ---- where keys are defined ------------------------------------------------------------------------------------------
+# ---- where keys are defined ------------------------------------------------------------------------------------
 
 def is_script(group):
     return isinstance(group, dict) and "__file__" in group
@@ -152,32 +139,37 @@ def is_script(group):
 def section(group):
     """A group -> (title, {key: (default, comment)})."""
     if is_script(group):
-        title, found = os.path.basename(group["__file__"]), {}
+        title = os.path.basename(group["__file__"])
         with tokenize.open(group["__file__"]) as file:
-            source = file.read()
-        for node, comment in commented(source, ast.parse(source).body):
-            calls = [ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)]
-            if "configure" in calls or "configurator.configure" in calls:
-                break  # what is below the call is code, not settings
-            if pair := assigned(node):
-                found[pair[0]] = (pair[1], comment)
+            found = definitions(file.read())
     elif dataclasses.is_dataclass(group):
         title, notes = f"{group.__module__}.{group.__qualname__}", {}
         for base in reversed(group.__mro__):  # the comment of an inherited field stands in its base
             with contextlib.suppress(OSError, TypeError, SyntaxError):  # no source (typed at a prompt): no help text
-                source = inspect.getsource(base)
-                notes |= {getattr(n.target, "id", ""): comment for n, comment in commented(source, ast.parse(source).body[0].body)
-                          if isinstance(n, ast.AnnAssign)}
-        found = {f.name: (f.default, notes.get(f.name, "")) for f in dataclasses.fields(group) if f.init}
+                notes |= definitions(inspect.getsource(base))
+        found = {f.name: (f.default, notes.get(f.name, ("", ""))[1]) for f in dataclasses.fields(group) if f.init}
     else:
         return "further keys", group
     return title, {key: row for key, row in found.items() if key[0] != "_" and type(row[0]) in EXPECTED}
 
-def commented(source, nodes):
-    """Each statement with its trailing comment."""
+def definitions(source):
+    """Source of a script or a class -> {name: (literal or None, trailing comment)} of the assignments at its top, which
+    ends at the first def, class or call of configure."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    return [(node, comments.get(node.end_lineno, "")) for node in nodes]
+    body = ast.parse(source).body
+    if isinstance(body[0], ast.ClassDef):
+        body = body[0].body
+    found = {}
+    for node in body:
+        calls = [ast.unparse(n.func).split(".")[-1] for n in ast.walk(node) if isinstance(n, ast.Call)]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or "configure" in calls:
+            break
+        if pair := assigned(node):
+            found[pair[0]] = (pair[1], comments.get(node.end_lineno, ""))
+        elif isinstance(node, ast.AnnAssign):
+            found[ast.unparse(node.target)] = (None, comments.get(node.end_lineno, ""))
+    return found
 
 def assigned(node):
     """The statement `name = literal` -> (name, value), any other -> None."""
@@ -185,91 +177,90 @@ def assigned(node):
         with contextlib.suppress(ValueError, TypeError):  # what literal_eval raises for an expression
             return node.targets[0].id, ast.literal_eval(node.value)
 
-def merge(sections, choices):
+def merge(sections, choices, first=()):
     """key -> Key of all sections. A key may stand in two of them only if it means the same in both."""
     found = {}
     for title, keys in sections:
         for key, (default, comment) in keys.items():
-            row = found.setdefault(key, Key(default, Interval.of(comment), choices.get(key)))
-            if repr(row.default) != repr(default):
-                raise AssertionError(f"{title}: key {key!r} has default {default!r} here and {row.default!r} elsewhere")
-            if type(default) not in EXPECTED or key in ("sources", "keys") or hasattr(Settings, key):
-                raise AssertionError(f"{title}: key {key!r} needs a default of bool, int, float, str, tuple or list, "
-                                     "and a name that is not a member of Settings")
-    if unknown_keys := choices.keys() - found.keys():
-        raise AssertionError(f"choices for {sorted(unknown_keys)}, which are keys of no group")
+            limits = re.match(r"([\[(])([-+.\w]+), ([-+.\w]+)([\])])", comment)
+            interval = limits and Interval(limits[1], float(limits[2]), float(limits[3]), limits[4])
+            row = found.setdefault(key, Key(default, interval, choices.get(key)))
+            reserved = key in ("sources", "keys") or hasattr(Settings, key)
+            if repr(row.default) != repr(default) or type(default) not in EXPECTED or reserved:
+                raise AssertionError(f"{title}: key {key!r} needs a default of bool, int, float, str, tuple or list, not "
+                                     f"{default!r}, the same in all groups, and a name that Settings does not use")
+    if unknown_keys := {*choices, *first} - found.keys():
+        raise AssertionError(f"choices or first: {sorted(unknown_keys)} are keys of no group")
     return found
 
-# ---- what users give -------------------------------------------------------------------------------------------------
+# ---- what users give -------------------------------------------------------------------------------------------
 
-def read_config(path, keys):
-    """The (key, value) pairs of a config file: comments, a docstring, and lines `name = literal`."""
+def fits(name, patterns):
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+def read_config(path):
+    """The (key, value, source) of a config file, which holds comments, a docstring, and lines `name = literal`."""
     allowed = "a config file holds only comments and lines `name = literal`"
     try:
         with open(os.path.expanduser(path), "rb") as file:  # bytes, so that ast reports a wrong encoding too
             tree = ast.parse(file.read())
-            lines = list(tree.body[ast.get_docstring(tree) is not None:])
-            pairs = [assigned(node) for node in lines]
+        for node in tree.body[ast.get_docstring(tree) is not None:]:
+            if not (pair := assigned(node)):
+                said = ast.unparse(node).splitlines()[0]
+                raise SyntaxError(repr(said), (path, node.lineno, 0, ""))
+            yield *pair, f"file {path}"
     except OSError as error:
-        near = nearest(path, glob.glob("config/*.py"))
-        raise SettingError(f"config file {path!r}: {error.strerror}" + (f"; did you mean {near!r}?" if near else "")) from None
+        near = did_you_mean(path, glob.glob("config/*.py"), before="; ")
+        raise SettingError(f"config file {path!r}: {error.strerror}{near}") from None
+    except (RecursionError, MemoryError):  # what Python's parser says to 20,000 minus signs
+        raise SettingError(f"{path}: an expression in it is nested too deeply: {allowed}") from None
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte, before Python 3.12
         where = getattr(error, "lineno", None) or 1
         raise SettingError(f"{path}:{where}: {getattr(error, 'msg', error)}: {allowed}") from None
-    except (RecursionError, MemoryError):  # what Python's parser says to 20,000 minus signs
-        raise SettingError(f"{path}: an expression in it is nested too deeply: {allowed}") from None
-    for node, pair in zip(lines, pairs):
-        if not pair:
-            raise SettingError(f"{path}:{node.lineno}: {ast.unparse(node).splitlines()[0]!r}: {allowed}")
-        if pair[0] not in keys:
-            raise unknown(pair[0], f"file {path}", keys)
-        yield pair
 
-def read_environment(env, keys, families, prefix=""):
-    """The (key, name, text) of the environment. A stray name of an owned family is an error, another near miss a
-    warning."""
-    owned = lambda name: any(fnmatchcase(name, family) for family in families)
-    names = {key.upper() if owned(key.upper()) else prefix + key.upper(): key for key in keys}
+def read_environment(env, keys, families, prefix="", ignored=()):
+    """The (key, text, source) of the environment. A stray name of `families` is an error, another near miss a warning."""
+    names = {key.upper() if fits(key.upper(), families) else prefix + key.upper(): key for key in keys}
+    others = [*FOREIGN, *(prefix + pattern.upper() for pattern in ignored)]
     for name, text in env.items():
         key = names.get(name)
         if text == "" and not (key and isinstance(keys[key].default, str)):
             continue  # `X_TASK= python ...` is how a shell unsets a variable for one command
         if key:
-            yield key, name, text
-        elif owned(name) and not any(fnmatchcase(name, other) for other in FOREIGN):
-            raise unknown(name, "environment", names, repair="unset it, or see --help for all keys")
+            yield key, text, f"env {name}"
+        elif fits(name, others):
+            continue
+        elif fits(name, families):
+            raise unknown(name, "environment", names, "unset it, or see --help for all keys")
         elif name.isupper() and (near := nearest(name, names, cutoff=0.85)):
             print(f"warning: environment variable {name} has no effect; did you mean {near}?", file=sys.stderr)
 
 def split_argv(argv, keys):
-    """A command line -> ([config file], [(key, text)])."""
+    """A command line -> ([config file], [(key, text, source)])."""
     files, options, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, text = word[2:].partition("=")  # the first = only: a value may hold more
-        key = name.replace("-", "_")
+        row = keys.get(name.replace("-", "_"), Key(False))
         alone = not rest or re.match("--[A-Za-z]", rest[0])  # one dash may begin a value: --lr -1
         if not word.startswith("--"):
             if not word.endswith(".py"):
                 raise SettingError(f"unexpected argument {word!r}: a config file ends in .py, a setting is --key=value")
             files.append(word)
             continue
-        if key not in keys:
-            raise unknown(name, "command line", keys)
-        default = keys[key].default
-        if not equals and isinstance(default, bool) and (alone or rest[0].endswith(".py")):
+        if not equals and isinstance(row.default, bool) and (alone or rest[0].endswith(".py")):
             text = "true"
-        elif not equals and alone and isinstance(default, str) and default:  # as in `sample.py --ckpt`
-            text = default
-        elif not equals and alone:
-            raise SettingError(f"--{name} has no value: write --{name}=VALUE or --{name} VALUE")
-        elif not equals:
+        elif not equals and not alone:
             text = rest.pop(0)
-        options.append((key, text))
+        elif not equals and isinstance(row.default, str) and row.default:  # as in `sample.py --ckpt`
+            text = row.default
+        elif not equals:
+            raise SettingError(f"--{name} has no value: write --{name}=VALUE or --{name} VALUE")
+        options.append((name, text, "command line"))
     return files, options
 
 def convert(value, like):
-    """Text, or a literal of a config file, -> the type of `like`; else ValueError, TypeError, KeyError or SyntaxError."""
+    """Text, or a literal of a config file -> the type of `like`. It may raise all that `checked` expects."""
     if isinstance(like, (tuple, list)):
         try:
             items = ast.literal_eval(value) if isinstance(value, str) else value
@@ -289,28 +280,28 @@ def convert(value, like):
 
 def checked(key, value, row, source):
     """`value` with the type of the default of `row`, a Key, in its interval and among its names; else SettingError."""
+    def wrong(part, why):
+        return SettingError(f"{key} = {short(part)} ({source}): {why}")
     like = row.default
     try:
         result = convert(value, like)
     except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
-        raise SettingError(f"{key} = {short(value)} ({source}): expected {EXPECTED[type(like)]}; the default is {like!r}") from None
+        raise wrong(value, f"expected {EXPECTED[type(like)]}; the default is {like!r}") from None
+    if isinstance(result, str) and "\0" in result:
+        raise wrong(value, "holds a null character, leave it out")
+    if isinstance(result, str) and fits(key, PATHS):
+        result = os.path.expanduser(result)
     if isinstance(result, (tuple, list)) and row.interval and not result:
         result = like
-    if isinstance(result, str):
-        if "\0" in result:
-            raise SettingError(f"{key} = {short(value)} ({source}): holds a null character, leave it out")
-        if any(fnmatchcase(key, pattern) for pattern in PATHS):
-            result = os.path.expanduser(result)
     for part in result if isinstance(result, (tuple, list)) else [result]:
         number = isinstance(part, (int, float)) and not isinstance(part, bool)
         if number and row.interval and part not in row.interval:
-            raise SettingError(f"{key} = {short(part)} ({source}): must be in {row.interval}; the default is {like!r}")
+            raise wrong(part, f"must be in {row.interval}; the default is {like!r}")
         if number and isinstance(part, int) and abs(part) > LARGEST:
-            raise SettingError(f"{key} = {short(part)} ({source}): is too large, give at most 2^63 - 1")
+            raise wrong(part, "is too large, give at most 2^63 - 1")
         if row.names is not None and part not in row.names and result != like:
-            near = nearest(part, row.names)
-            raise SettingError(f"{key} = {short(part)} ({source}): must be one of {', '.join(map(str, row.names))}"
-                               + (f"; did you mean {near!r}?" if near else ""))
+            near = did_you_mean(part, row.names, before="; ")
+            raise wrong(part, f"must be one of {', '.join(map(str, row.names))}{near}")
     return result
 
 def short(value):
@@ -326,60 +317,62 @@ def nearest(name, names, cutoff=0.6):
     name = str(name)[:80].lower().replace("-", "_")
     return next((lower[n] for n in difflib.get_close_matches(name, lower, 1, cutoff)), None)
 
-def unknown(name, source, names, repair="--help lists all keys"):
+def did_you_mean(name, names, before="", after=""):
     near = nearest(name, names)
-    return SettingError(f"unknown key {short(name)} ({source}): " + (f"did you mean {near!r}? " if near else "") + repair)
+    return f"{before}did you mean {near!r}?{after}" if near else ""
 
-# ---- files: whatever one holds is read or refused in one line; they are written whole or not at all ----------------------
+def unknown(name, source, names, repair="--help lists all keys"):
+    return SettingError(f"unknown key {short(name)} ({source}): {did_you_mean(name, names, after=' ')}{repair}")
+
+# ---- files: whatever one holds is read or refused in one line; they are written whole or not at all ------------
 
 @contextlib.contextmanager
 def reading(path, repair):
-    """Around a reader of a file, which may be damaged or foreign: whatever the reader raises becomes a ValueError in one
-    line, with the path and the repair. A UserError, or a ValueError that names the path already, stays as it is."""
+    """Around a reader of a file, which may be damaged or foreign: whatever the reader raises becomes a UserError in
+    one line, with the path and the repair. A UserError, or a ValueError that names the path already, stays as it is."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or str(path) in str(error) and isinstance(error, (ValueError, OSError)):
+        named = str(path) in str(error) and isinstance(error, (ValueError, OSError))
+        if named or isinstance(error, UserError):
             raise
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{path}: {error.strerror}") from None
         said = " ".join(str(error).split()) or "no more is known"
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {said[:120]}): {repair}") from None
 
-class Sink(io.RawIOBase):
-    """A new file beside `path` that keeps the first error to itself: one raised inside torch.save can abort the process."""
+class Sink(io.FileIO):
+    """A new file beside `path` that keeps the first error for `finish`: raised inside torch.save it can abort Python."""
 
     def __init__(self, path):
-        self.path, self.error, self.size = f"{path}.tmp", None, 0
+        self.error, self.size = None, 0
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)  # what a killed run left, or a link that somebody put there: never written through
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            os.unlink(f"{path}.tmp")  # what a killed run left, or a link that somebody put there
+        super().__init__(f"{path}.tmp", "xb")  # x: never written through a link
 
-    def writable(self):
-        return True
+    def write(self, content):
+        left = memoryview(content).cast("B")
+        n = len(left)
+        self.size += n
+        try:
+            while left and not self.error:
+                left = left[super().write(left):]
+        except OSError as error:
+            self.error = error
+        return n
 
     def finish(self, path):
         """Flushed to disk, it becomes `path`. OSError if anything could not be written."""
         if self.error:
             raise self.error
-        os.fsync(self.file)
-        os.close(self.file)
-        os.replace(self.path, path)
-
-    def write(self, content):
-        left = memoryview(content).cast("B")
-        self.size += len(left)
-        try:
-            while left and not self.error:
-                left = left[os.write(self.file, left):]
-        except OSError as error:
-            self.error = error
-        return memoryview(content).nbytes
+        os.fsync(self.fileno())
+        self.close()
+        os.replace(self.name, path)
 
 @contextlib.contextmanager
 def written(path):
-    """A binary file to write that becomes `path` at the end, flushed to disk: killed at any moment, the old file is there
-    or the new one. UserError, in one line, if it cannot be written; what was there before stays, and nothing else."""
+    """A binary file to write that becomes `path` at the end, flushed to disk: killed at any moment, the old file is
+    there or the new one. UserError if it cannot be written; what was there before stays, and nothing else."""
     sink = None
     try:
         sink = Sink(path)
@@ -387,36 +380,57 @@ def written(path):
         sink.finish(path)
     except BaseException as error:
         if sink:
-            for undo in (lambda: os.close(sink.file), lambda: os.unlink(sink.path)):
-                with contextlib.suppress(OSError):
-                    undo()
-        if not isinstance(error, OSError) or isinstance(error, UserError):
+            with contextlib.suppress(OSError):
+                sink.close()
+                os.unlink(sink.name)
+        if not isinstance(error, OSError):
             raise
         need = f" of {sink.size:,} bytes" if sink else ""
-        raise UserError(f"{path}{need} cannot be written: {error.strerror or error}; what was there before is kept") from None
+        said = error.strerror or error
+        raise UserError(f"{path}{need} cannot be written: {said}; what was there before is kept") from None
 
 def replace_file(path, content):
     """Write all of `content`, bytes, or nothing."""
     with written(path) as f:
         f.write(content)
 
-# ---- what users see --------------------------------------------------------------------------------------------------
+# ---- what users see --------------------------------------------------------------------------------------------
 
-def help_text(groups, sections, choices, prefix=""):
-    """The first paragraph of the script's docstring, the usage forms, and every key where it is defined."""
+def help_rows(keys, choices):
+    """Keys -> (name, default, comment). Those that differ in one word alone, which their comments repeat, share a row:
+    struct_len and add_len are listed as NAME_len."""
+    rows = {}
+    for key, (default, comment) in keys.items():
+        name, _, rest = key.partition("_")
+        general = re.sub(rf"\b{name}\b", "NAME", comment)
+        same = (f"NAME_{rest}", general) if general != comment else (key, comment)
+        rows.setdefault(same, {})[key] = default
+    for (name, comment), members in rows.items():
+        key, default = next(iter(members.items()))
+        if len(members) == 1:
+            name, comment = key, keys[key][1]
+        else:
+            words = [key.partition("_")[0] for key in members]
+            others = [f" ({other})" if other != default else "" for other in members.values()]
+            comment += "; NAME: " + ", ".join(map("".join, zip(words, others)))
+        if key in choices:
+            comment = f"[{' | '.join(map(str, choices[key]))}] {comment}"
+        yield name, repr(default), comment
+
+def help_text(groups, sections, choices, first=(), prefix=""):
+    """The first paragraph of the script's docstring, the usage, the keys of `first`, and the others by section."""
     script = next(filter(is_script, groups), {})
     run = f"python {os.path.basename(script.get('__file__', sys.argv[0]))}"
     out = [inspect.cleandoc(script.get("__doc__") or "").split("\n\n")[0], "",
            f"usage: {run} [config/NAME.py ...] [--key=value | --key value ...]", f"       {prefix}KEY=value {run} ...",
            "The command line wins over the environment, the environment over config files, a later file over an earlier."]
-    every = {key: repr(default) for _, keys in sections for key, (default, _) in keys.items()}
-    wide, wide_default = max(map(len, every), default=0), min(24, max(map(len, every.values()), default=0))
-    for title, keys in sections:
-        out += ["", title]
-        for key, (_, comment) in keys.items():
-            if key in every:  # a key of two groups is listed in the first
-                names = f"[{' | '.join(map(str, choices[key]))}] " if key in choices else ""
-                out.append(f"  --{key:<{wide}}  {every.pop(key):<{wide_default}}  {names}{comment}".rstrip())
+    every = {key: row for _, keys in reversed(sections) for key, row in keys.items()}
+    wide = max(map(len, every), default=0)
+    wide_default = min(24, max((len(repr(default)) for default, _ in every.values()), default=0))
+    for title, keys in [("the ones that matter", first), *sections]:
+        rows = help_rows({key: every.pop(key) for key in keys if key in every}, choices)
+        lines = [f"  --{name:<{wide}}  {default:<{wide_default}}  {comment}".rstrip() for name, default, comment in rows]
+        out += ["", title, *lines] if lines else []
     return "\n".join(out).lstrip()
 
 def fail(message, code=2, kind="error: "):
@@ -431,7 +445,7 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM, which ends a script in the same manner as Ctrl-C does."""
 
 def on_stop(handler):
-    """`handler` for Ctrl-C and SIGTERM, but for those that the process was started to ignore, as nohup does."""
+    """`handler` for Ctrl-C and SIGTERM, except for those that the process was started to ignore, as nohup does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -439,7 +453,8 @@ def on_stop(handler):
 def stoppable():
     """For the first lines of a script: importing takes seconds, in which Ctrl-C ends it with one line, too."""
     def stop(signum, frame):
-        print(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'} before anything was done", file=sys.stderr)
+        name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {name} before anything was done", file=sys.stderr)
         os._exit(128 + signum)
     on_stop(stop)
 
@@ -452,6 +467,9 @@ class Stream:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def write(self, text):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.write(text)
@@ -461,27 +479,23 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
 def too_large(error):
     """Does the exception say that memory does not suffice?"""
+    if isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError":
+        return True
     words = "out of memory|can't allocate|allocate memory|Storage size calculation overflowed|too many dimensions|Overflow"
-    return (isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError"
-            or isinstance(error, RuntimeError) and re.search(words, str(error)))
+    return isinstance(error, RuntimeError) and re.search(words, str(error))
 
 @contextlib.contextmanager
 def one_line_errors(stopped="what is unfinished was not kept"):
     """Around a script's main: what a user can cause (ValueError, OSError, too little memory) ends in one line and exit
-    code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143.
-
-    Any other exception is a bug and keeps its traceback; NANODIR_DEBUG=1 keeps it for all.
-    """
+    code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143. Any other exception is a bug and keeps its
+    traceback; NANODIR_DEBUG=1 keeps it for all."""
+    def stop(signum, frame):
+        raise KeyboardInterrupt if signum == signal.SIGINT else Stopped
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Stream):
             setattr(sys, name, Stream(getattr(sys, name)))
-    def stop(signum, frame):
-        raise KeyboardInterrupt if signum == signal.SIGINT else Stopped
     try:
         on_stop(stop)
         yield
