@@ -886,6 +886,10 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors("no checkpoint was written since the last one that was announced"):
         main(configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), adjust=defaults_for,
+                       first=("struct_task", "data_path", "out_dir", "init_from", "tokenizer", "objective", "direction", "mixer",
+                              "dw_jrt", "n_layer", "n_embd", "head_size", "seq_len", "batch_size", "max_iters", "optimizer",
+                              "muon_lr", "eval_interval", "device", "compile"),
+                       ignored=("*_eval",),
                        show=os.environ.get("RANK", "0") == "0",
                        choices=dict(nets.CHOICES | diffusion.CHOICES, optimizer=OPTIMIZERS, dtype=["auto", "fp32", "bf16"],
                                     wkv_impl=wkv_cuda.BACK_ENDS)))
