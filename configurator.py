@@ -8,30 +8,31 @@ The keys of a script are the plain assignments at its top, those of a model its 
         cfg = configure(globals(), ModelConfig, choices={"mixer": TIME_MIXERS})
         main(cfg.pick(ModelConfig), max_iters)     # the resolved value is back in the plain name
 
-What users type gets the type of the default, is checked, and is named in the error. Config files are never executed.
+What users type gets the type of the default, is checked, and named in errors. Config files are not executed.
 """
-import ast, contextlib, dataclasses, difflib, glob, inspect, io, os, re, signal, sys, threading, tokenize
+import ast, contextlib, dataclasses, difflib, glob, inspect, io, os, re, signal, sys, threading
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import NamedTuple
 
 BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 EXPECTED = {  # the types a key can have -> what to tell a user who gave something else
-    bool: "one of " + " ".join(BOOLS), int: "a whole number such as 12 or 1_000", float: "a number such as 0.1 or 3e-4",
-    str: "text in quotes", tuple: "values such as 1,2 or (1, 2)", list: "values such as 1,2 or [1, 2]"}
+    bool: "one of " + " ".join(BOOLS), int: "a whole number such as 12 or 1_000",
+    float: "a number such as 0.1 or 3e-4", str: "text in quotes",
+    tuple: "values such as 1,2 or (1, 2)", list: "values such as 1,2 or [1, 2]"}
 FAMILIES = ("*_TASK", "*_EVAL", "DW_JRT*", "WKV_*")  # environment names that can only be meant for us ...
 FOREIGN = ("*_PER_TASK",)  # ... but SLURM_CPUS_PER_TASK and its kin belong to the cluster
-PATHS = ("*path", "*_dir", "*_file", "*_bin", "ckpt", "out", "latent", "init_from", "rwkv_lm")  # ~ is the home folder
+PATHS = ("*path", "*_dir", "*_file", "*_bin", "ckpt", "out", "latent", "init_from", "rwkv_lm")  # have ~
 LARGEST = 2**63 - 1  # no whole number above it fits a tensor
 
 class UserError(ValueError):
-    """Base of what a user can cause; the message is one line naming the value, what is allowed, and the repair."""
+    """What a user can cause; the message is one line naming the value, what is allowed, and the repair."""
 
 class SettingError(UserError):
     """A setting that is unknown, mistyped or outside its choices."""
 
 class Interval(NamedTuple):
-    """The numbers that a key may have: `[1, 10]` with both ends, `(0, 1)` without; its comment begins with it."""
+    """The numbers that a key may have: `[1, 10]` with both ends, `(0, 1)` without; its comment begins so."""
     opening: str
     low: float
     high: float
@@ -49,39 +50,40 @@ class Key(NamedTuple):
     default: object
     interval: object = None  # Interval or None
     names: object = None  # list of allowed values or None
+    comment: str = ""
 
 class Settings(SimpleNamespace):
-    """Each key is an attribute; `sources[key]` is "default", "default with X", "file F", "env KEY" or "command line".
-    `keys[key]` is its Key."""
+    """Each key is an attribute; `keys[key]` is its Key, `sources[key]` where its value is from: "default",
+    "default with X", "file F", "env KEY" or "command line"."""
 
     def given(self, key):
         """True if the user set the key, be it to its default. KeyError if there is no such key."""
         return not self.sources[key].startswith("default")
 
     def default(self, key, value, why):
-        """For `adjust`: another default for `key`, because of the setting `why`. A value that the user gave stays."""
+        """For `adjust`: another default for `key`, because of the setting `why`. What the user gave stays."""
         if not self.given(key) and getattr(self, key) != value:
             setattr(self, key, value)
             self.sources[key] = f"default with {why}"
 
     def adopt(self, values, keep, why):
-        """For `adjust`: the defaults are those of an earlier run, a dict that may hold keys of another version, except
-        the keys to `keep`. SettingError for a value that the key cannot have."""
+        """For `adjust`: defaults from an earlier run, a dict that may hold keys of another version, except for the
+        keys to `keep`. SettingError for a value that the key cannot have."""
         for key in values.keys() & self.keys.keys() - set(keep):
             self.default(key, checked(key, values[key], self.keys[key], why), why)
 
     def pick(self, cls, **more):
         """An instance of the dataclass `cls`, from those of its fields that are keys; `more` overrides."""
-        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(cls) if f.init and f.name in self.sources}
-        return cls(**(mine | more))
+        names = [f.name for f in dataclasses.fields(cls) if f.init and f.name in self.keys]
+        return cls(**({name: getattr(self, name) for name in names} | more))
 
     def as_dict(self):
         """All keys and values as JSON has them."""
-        values = {key: getattr(self, key) for key in self.sources}
+        values = {key: getattr(self, key) for key in self.keys}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def lines(self, sources=("",)):
-        """A line `dw_jrt = True   (env DW_JRT)` for each key of these sources that is not at its plain default."""
+        """A line `dw_jrt = True   (env DW_JRT)` for each key from these sources, if not at its default."""
         return [f"{key} = {getattr(self, key)!r}   ({source})" for key, source in self.sources.items()
                 if source != "default" and source.startswith(sources)]
 
@@ -89,18 +91,18 @@ def configure(*groups, choices={}, families=FAMILIES, first=(), ignored=(), argv
               adjust=None, show=True):
     """Resolve every key of `groups` -> Settings.
 
-    groups     a script's globals() (its resolved values are written back), a dataclass type, or a dict name ->
-               (default, comment). In a script or a dataclass, a _name or a default that is not a literal of EXPECTED
-               is not a key. The keys of a script end at its first def or class.
+    groups     a script's globals() (its resolved values are written back), a dataclass type, or a dict
+               name -> (default, comment). In a script or a dataclass, a _name or a default that is not a
+               literal of EXPECTED is not a key. The keys of a script end at its first def or class.
     choices    key -> iterable of allowed names, such as a table; the default is allowed as well
     families   patterns of environment names that must resolve to a key
     first      the keys that --help lists first
     ignored    patterns of former keys: accepted wherever a key is, without effect
     argv, env  the command line without the script's name, and the environment; None: those of this process
-    prefix     of the names in the environment, except those of `families`: plain words are other programs', too
-    adjust     called with the Settings before they are printed, for defaults that depend on others: cfg.default(...)
+    prefix     of names in the environment, except those of `families`: plain words are other programs', too
+    adjust     called with the Settings before they are printed, for defaults that depend on others
     show       print every key that is not at its default; False: only what was taken from the environment
-    Errors: SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits with 0.
+    SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     env = os.environ if env is None else env
@@ -108,10 +110,11 @@ def configure(*groups, choices={}, families=FAMILIES, first=(), ignored=(), argv
     sections = [section(group) for group in groups]
     keys = merge(sections, choices, first)
     if "-h" in argv or "--help" in argv:
-        print(help_text(groups, sections, choices, first, prefix))
+        print(help_text(groups, sections, keys, first, prefix))
         raise SystemExit(0)
 
-    cfg = Settings(**{key: row.default for key, row in keys.items()}, keys=keys, sources=dict.fromkeys(keys, "default"))
+    cfg = Settings(**{key: row.default for key, row in keys.items()}, keys=keys)
+    cfg.sources = dict.fromkeys(keys, "default")
     files, options = split_argv(argv, keys)
     given = [row for path in files for row in read_config(path)]
     given += [*read_environment(env, keys, families, prefix, ignored), *options]
@@ -131,7 +134,7 @@ def configure(*groups, choices={}, families=FAMILIES, first=(), ignored=(), argv
         print(line)
     return cfg
 
-# ---- where keys are defined ------------------------------------------------------------------------------------
+# ---- where keys are defined ------------------------------------------------------------------------------
 
 def is_script(group):
     return isinstance(group, dict) and "__file__" in group
@@ -140,35 +143,34 @@ def section(group):
     """A group -> (title, {key: (default, comment)})."""
     if is_script(group):
         title = os.path.basename(group["__file__"])
-        with tokenize.open(group["__file__"]) as file:
+        with open(group["__file__"], "rb") as file:
             found = definitions(file.read())
     elif dataclasses.is_dataclass(group):
         title, notes = f"{group.__module__}.{group.__qualname__}", {}
         for base in reversed(group.__mro__):  # the comment of an inherited field stands in its base
-            with contextlib.suppress(OSError, TypeError, SyntaxError):  # no source (typed at a prompt): no help text
-                notes |= definitions(inspect.getsource(base))
-        found = {f.name: (f.default, notes.get(f.name, ("", ""))[1]) for f in dataclasses.fields(group) if f.init}
+            with contextlib.suppress(OSError, TypeError, SyntaxError):  # no source (typed at a prompt)
+                notes |= definitions(inspect.getsource(base).encode())
+        fields = [f for f in dataclasses.fields(group) if f.init]
+        found = {f.name: (f.default, notes.get(f.name, ("", ""))[1]) for f in fields}
     else:
         return "further keys", group
     return title, {key: row for key, row in found.items() if key[0] != "_" and type(row[0]) in EXPECTED}
 
 def definitions(source):
-    """Source of a script or a class -> {name: (literal or None, trailing comment)} of the assignments at its top, which
-    ends at the first def, class or call of configure."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    body = ast.parse(source).body
+    """Bytes of a script or a class -> {name: (literal or None, trailing comment)} of the assignments before its
+    first def, class or call of configure."""
+    body, lines, found = ast.parse(source).body, source.splitlines(), {}
     if isinstance(body[0], ast.ClassDef):
         body = body[0].body
-    found = {}
     for node in body:
         calls = [ast.unparse(n.func).split(".")[-1] for n in ast.walk(node) if isinstance(n, ast.Call)]
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or "configure" in calls:
             break
+        comment = lines[node.end_lineno - 1][node.end_col_offset:].decode().partition("#")[2].strip()
         if pair := assigned(node):
-            found[pair[0]] = (pair[1], comments.get(node.end_lineno, ""))
+            found[pair[0]] = (pair[1], comment)
         elif isinstance(node, ast.AnnAssign):
-            found[ast.unparse(node.target)] = (None, comments.get(node.end_lineno, ""))
+            found[ast.unparse(node.target)] = (None, comment)
     return found
 
 def assigned(node):
@@ -182,24 +184,24 @@ def merge(sections, choices, first=()):
     found = {}
     for title, keys in sections:
         for key, (default, comment) in keys.items():
-            limits = re.match(r"([\[(])([-+.\w]+), ([-+.\w]+)([\])])", comment)
-            interval = limits and Interval(limits[1], float(limits[2]), float(limits[3]), limits[4])
-            row = found.setdefault(key, Key(default, interval, choices.get(key)))
-            reserved = key in ("sources", "keys") or hasattr(Settings, key)
-            if repr(row.default) != repr(default) or type(default) not in EXPECTED or reserved:
-                raise AssertionError(f"{title}: key {key!r} needs a default of bool, int, float, str, tuple or list, not "
-                                     f"{default!r}, the same in all groups, and a name that Settings does not use")
+            ends = re.match(r"([\[(])([-+.\w]+), ([-+.\w]+)([\])])", comment)
+            interval = ends and Interval(ends[1], float(ends[2]), float(ends[3]), ends[4])
+            row = found.setdefault(key, Key(default, interval, choices.get(key), comment))
+            taken = key in ("sources", "keys") or hasattr(Settings, key)
+            if taken or type(default) not in EXPECTED or repr(row.default) != repr(default):
+                raise AssertionError(f"{title}: {key!r} needs another name than members of Settings have, and one "
+                                     f"default, a bool, int, float, str, tuple or list, not {default!r}")
     if unknown_keys := {*choices, *first} - found.keys():
         raise AssertionError(f"choices or first: {sorted(unknown_keys)} are keys of no group")
     return found
 
-# ---- what users give -------------------------------------------------------------------------------------------
+# ---- what users give -------------------------------------------------------------------------------------
 
 def fits(name, patterns):
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 def read_config(path):
-    """The (key, value, source) of a config file, which holds comments, a docstring, and lines `name = literal`."""
+    """The (key, value, source) of a config file: comments, a docstring, and lines `name = literal`."""
     allowed = "a config file holds only comments and lines `name = literal`"
     try:
         with open(os.path.expanduser(path), "rb") as file:  # bytes, so that ast reports a wrong encoding too
@@ -219,7 +221,7 @@ def read_config(path):
         raise SettingError(f"{path}:{where}: {getattr(error, 'msg', error)}: {allowed}") from None
 
 def read_environment(env, keys, families, prefix="", ignored=()):
-    """The (key, text, source) of the environment. A stray name of `families` is an error, another near miss a warning."""
+    """The (key, text, source) of the environment. Strays of `families` are errors, near misses warnings."""
     names = {key.upper() if fits(key.upper(), families) else prefix + key.upper(): key for key in keys}
     others = [*FOREIGN, *(prefix + pattern.upper() for pattern in ignored)]
     for name, text in env.items():
@@ -233,7 +235,8 @@ def read_environment(env, keys, families, prefix="", ignored=()):
         elif fits(name, families):
             raise unknown(name, "environment", names, "unset it, or see --help for all keys")
         elif name.isupper() and (near := nearest(name, names, cutoff=0.85)):
-            print(f"warning: environment variable {name} has no effect; did you mean {near}?", file=sys.stderr)
+            said = f"warning: environment variable {name} has no effect; did you mean {near}?"
+            print(said, file=sys.stderr)
 
 def split_argv(argv, keys):
     """A command line -> ([config file], [(key, text, source)])."""
@@ -245,7 +248,8 @@ def split_argv(argv, keys):
         alone = not rest or re.match("--[A-Za-z]", rest[0])  # one dash may begin a value: --lr -1
         if not word.startswith("--"):
             if not word.endswith(".py"):
-                raise SettingError(f"unexpected argument {word!r}: a config file ends in .py, a setting is --key=value")
+                raise SettingError(f"unexpected argument {word!r}: a config file ends in .py, "
+                                   "a setting is --key=value")
             files.append(word)
             continue
         if not equals and isinstance(row.default, bool) and (alone or rest[0].endswith(".py")):
@@ -279,7 +283,7 @@ def convert(value, like):
     return value
 
 def checked(key, value, row, source):
-    """`value` with the type of the default of `row`, a Key, in its interval and among its names; else SettingError."""
+    """`value` as the type of the default of the Key `row`, within its interval and names; else SettingError."""
     def wrong(part, why):
         return SettingError(f"{key} = {short(part)} ({source}): {why}")
     like = row.default
@@ -322,14 +326,15 @@ def did_you_mean(name, names, before="", after=""):
     return f"{before}did you mean {near!r}?{after}" if near else ""
 
 def unknown(name, source, names, repair="--help lists all keys"):
-    return SettingError(f"unknown key {short(name)} ({source}): {did_you_mean(name, names, after=' ')}{repair}")
+    near = did_you_mean(name, names, after=" ")
+    return SettingError(f"unknown key {short(name)} ({source}): {near}{repair}")
 
-# ---- files: whatever one holds is read or refused in one line; they are written whole or not at all ------------
+# ---- files: read or refused in one line, written whole or not at all -------------------------------------
 
 @contextlib.contextmanager
 def reading(path, repair):
-    """Around a reader of a file, which may be damaged or foreign: whatever the reader raises becomes a UserError in
-    one line, with the path and the repair. A UserError, or a ValueError that names the path already, stays as it is."""
+    """Around a reader of a file, which may be damaged or foreign: whatever it raises becomes a UserError with
+    path and repair. A UserError, or a ValueError that names the path already, stays as it is."""
     try:
         yield
     except Exception as error:
@@ -342,7 +347,7 @@ def reading(path, repair):
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {said[:120]}): {repair}") from None
 
 class Sink(io.FileIO):
-    """A new file beside `path` that keeps the first error for `finish`: raised inside torch.save it can abort Python."""
+    """A new file beside `path` that keeps its first error for `finish`: in torch.save it can abort Python."""
 
     def __init__(self, path):
         self.error, self.size = None, 0
@@ -371,8 +376,8 @@ class Sink(io.FileIO):
 
 @contextlib.contextmanager
 def written(path):
-    """A binary file to write that becomes `path` at the end, flushed to disk: killed at any moment, the old file is
-    there or the new one. UserError if it cannot be written; what was there before stays, and nothing else."""
+    """A binary file to write that becomes `path` at the end, flushed to disk: killed at any moment, the old
+    file is there or the new one. UserError if it cannot be written; then all is as it was before."""
     sink = None
     try:
         sink = Sink(path)
@@ -394,43 +399,46 @@ def replace_file(path, content):
     with written(path) as f:
         f.write(content)
 
-# ---- what users see --------------------------------------------------------------------------------------------
+# ---- what users see --------------------------------------------------------------------------------------
 
-def help_rows(keys, choices):
-    """Keys -> (name, default, comment). Those that differ in one word alone, which their comments repeat, share a row:
-    struct_len and add_len are listed as NAME_len."""
+def help_rows(keys):
+    """Keys -> (name, default, comment). Those that differ in one word alone, which their comments repeat,
+    share a row: struct_len and add_len are listed as NAME_len."""
     rows = {}
-    for key, (default, comment) in keys.items():
-        name, _, rest = key.partition("_")
-        general = re.sub(rf"\b{name}\b", "NAME", comment)
-        same = (f"NAME_{rest}", general) if general != comment else (key, comment)
-        rows.setdefault(same, {})[key] = default
-    for (name, comment), members in rows.items():
-        key, default = next(iter(members.items()))
-        if len(members) == 1:
-            name, comment = key, keys[key][1]
-        else:
-            words = [key.partition("_")[0] for key in members]
-            others = [f" ({other})" if other != default else "" for other in members.values()]
-            comment += "; NAME: " + ", ".join(map("".join, zip(words, others)))
-        if key in choices:
-            comment = f"[{' | '.join(map(str, choices[key]))}] {comment}"
-        yield name, repr(default), comment
+    for key, row in keys.items():
+        word, _, rest = key.partition("_")
+        general = re.sub(rf"\b{word}\b", "NAME", row.comment)
+        same = (f"NAME_{rest}", general) if general != row.comment else key
+        rows.setdefault(same, {})[word] = key
+    for same, members in rows.items():
+        name = next(iter(members.values()))
+        row = keys[name]
+        comment = row.comment
+        if len(members) > 1:
+            defaults = {word: keys[key].default for word, key in members.items()}
+            words = [word if other == row.default else f"{word} ({other})" for word, other in defaults.items()]
+            name, comment = same[0], f"{same[1].replace('NAME: ', '')}; NAME: {', '.join(words)}"
+        if row.names is not None:
+            comment = f"[{' | '.join(map(str, row.names))}] {comment}"
+        yield name, repr(row.default), comment
 
-def help_text(groups, sections, choices, first=(), prefix=""):
-    """The first paragraph of the script's docstring, the usage, the keys of `first`, and the others by section."""
+def help_text(groups, sections, keys, first=(), prefix=""):
+    """The first paragraph of the script's docstring, usage, the keys of `first`, the others by section."""
     script = next(filter(is_script, groups), {})
     run = f"python {os.path.basename(script.get('__file__', sys.argv[0]))}"
     out = [inspect.cleandoc(script.get("__doc__") or "").split("\n\n")[0], "",
-           f"usage: {run} [config/NAME.py ...] [--key=value | --key value ...]", f"       {prefix}KEY=value {run} ...",
-           "The command line wins over the environment, the environment over config files, a later file over an earlier."]
-    every = {key: row for _, keys in reversed(sections) for key, row in keys.items()}
-    wide = max(map(len, every), default=0)
-    wide_default = min(24, max((len(repr(default)) for default, _ in every.values()), default=0))
-    for title, keys in [("the ones that matter", first), *sections]:
-        rows = help_rows({key: every.pop(key) for key in keys if key in every}, choices)
-        lines = [f"  --{name:<{wide}}  {default:<{wide_default}}  {comment}".rstrip() for name, default, comment in rows]
-        out += ["", title, *lines] if lines else []
+           f"usage: {run} [config/NAME.py ...] [--key=value | --key value ...]",
+           f"       {prefix}KEY=value {run} ...",
+           "The command line wins over the environment, the environment over config files, a later file over "
+           "an earlier."]
+    wide = max(map(len, keys), default=0)
+    wide_default = min(24, max((len(repr(row.default)) for row in keys.values()), default=0))
+    left = dict(keys)
+    for title, names in [("the ones that matter", first), *sections]:
+        rows = list(help_rows({key: left.pop(key) for key in names if key in left}))
+        out += ["", title] if rows else []
+        for name, default, comment in rows:
+            out.append(f"  --{name:<{wide}}  {default:<{wide_default}}  {comment}".rstrip())
     return "\n".join(out).lstrip()
 
 def fail(message, code=2, kind="error: "):
@@ -438,29 +446,29 @@ def fail(message, code=2, kind="error: "):
     if bars := getattr(sys.modules.get("tqdm"), "tqdm", None):
         for bar in list(getattr(bars, "_instances", ())):
             bar.close()
-    print(kind + " ".join(line.strip() for line in str(message).splitlines() if line.strip()), file=sys.stderr)
+    lines = [line.strip() for line in str(message).splitlines()]
+    print(kind + " ".join(filter(None, lines)), file=sys.stderr)
     raise SystemExit(code)
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, which ends a script in the same manner as Ctrl-C does."""
+STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 def on_stop(handler):
-    """`handler` for Ctrl-C and SIGTERM, except for those that the process was started to ignore, as nohup does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+    """`handler` for Ctrl-C and SIGTERM, except what the process was started to ignore, as nohup does."""
+    for number in STOPS:
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 def stoppable():
-    """For the first lines of a script: importing takes seconds, in which Ctrl-C ends it with one line, too."""
+    """For the first lines of a script: while it imports, for seconds, Ctrl-C ends it with one line, too."""
     def stop(signum, frame):
-        name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-        print(f"stopped by {name} before anything was done", file=sys.stderr)
+        print(f"stopped by {STOPS[signum]} before anything was done", file=sys.stderr)
         os._exit(128 + signum)
     on_stop(stop)
 
 class Stream:
-    """Standard output or error that cannot end a run: what the terminal cannot encode is escaped, and a reader that
-    has gone away or a full disk behind it is passed over."""
+    """Standard output or error that cannot end a run: what the terminal cannot encode is escaped; that its
+    reader has gone away or its disk is full is passed over."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -483,16 +491,16 @@ def too_large(error):
     """Does the exception say that memory does not suffice?"""
     if isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = "out of memory|can't allocate|allocate memory|Storage size calculation overflowed|too many dimensions|Overflow"
+    words = "out of memory|can't allocate|allocate memory|calculation overflowed|too many dimensions|Overflow"
     return isinstance(error, RuntimeError) and re.search(words, str(error))
 
 @contextlib.contextmanager
 def one_line_errors(stopped="what is unfinished was not kept"):
-    """Around a script's main: what a user can cause (ValueError, OSError, too little memory) ends in one line and exit
-    code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143. Any other exception is a bug and keeps its
-    traceback; NANODIR_DEBUG=1 keeps it for all."""
+    """Around a script's main: what a user can cause (ValueError, OSError, too little memory) ends in one line
+    and exit code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143. Any other exception is a bug
+    and keeps its traceback; NANODIR_DEBUG=1 keeps it for all."""
     def stop(signum, frame):
-        raise KeyboardInterrupt if signum == signal.SIGINT else Stopped
+        raise KeyboardInterrupt(signum)
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Stream):
             setattr(sys, name, Stream(getattr(sys, name)))
@@ -501,16 +509,17 @@ def one_line_errors(stopped="what is unfinished was not kept"):
         yield
     except KeyboardInterrupt as error:
         on_stop(signal.SIG_IGN)  # a second one must not cut the line off
-        name, code = ("SIGTERM", 143) if isinstance(error, Stopped) else ("Ctrl-C", 130)
-        fail(f"{name}: {stopped}", code, "stopped by ")
+        signum = signal.SIGTERM if signal.SIGTERM in error.args else signal.SIGINT
+        fail(f"{STOPS[signum]}: {stopped}", 128 + signum, "stopped by ")
     except Exception as error:
         if os.environ.get("NANODIR_DEBUG") == "1":
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
             fail(f"{error.filename}: {error.strerror}")
         if too_large(error):
-            fail(f"this does not fit into memory ({type(error).__name__}: {str(error)[:200]}): choose smaller sizes, "
-                 "such as --device_bsz, --batch_size, --seq_len, --n_embd or --n_layer")
+            said = f"{type(error).__name__}: {str(error)[:200]}"
+            fail(f"this does not fit into memory ({said}): choose smaller sizes, such as --device_bsz, "
+                 "--batch_size, --seq_len, --n_embd or --n_layer")
         if not isinstance(error, (ValueError, OSError)):
             raise
         # A ValueError that is not a UserError may also be a bug, so say how to see where it comes from.

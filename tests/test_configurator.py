@@ -436,12 +436,12 @@ def test_help_lists_what_matters_first(script, capsys):
 
 def test_help_joins_keys_that_differ_in_one_word(capsys):
     group = {"a_len": (8, "[1, 9] a: digits"), "bc_len": (8, "[1, 9] bc: digits"), "d_len": (16, "[1, 9] d: digits"),
-             "e_len": (8, "[1, 5] e: digits"), "f_len": (8, ""), "g_len": (8, "")}
+             "e_len": (8, "[1, 5] e: digits"), "f_len": (8, ""), "g_len": (8, ""), "threads": (0, "[0, 9] threads")}
     with pytest.raises(SystemExit):
         resolve(group, argv=["--help"])
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-    assert rows == [["--NAME_len", "8", "[1, 9] NAME: digits; NAME: a, bc, d (16)"], ["--e_len", "8", "[1, 5] e: digits"],
-                    ["--f_len", "8"], ["--g_len", "8"]]
+    assert rows == [["--NAME_len", "8", "[1, 9] digits; NAME: a, bc, d (16)"], ["--e_len", "8", "[1, 5] e: digits"],
+                    ["--f_len", "8"], ["--g_len", "8"], ["--threads", "0", "[0, 9] threads"]]
 
 
 def test_help_without_source_or_docstring(tmp_path, capsys):
