@@ -67,8 +67,8 @@ class Settings(SimpleNamespace):
             self.sources[key] = f"default with {why}"
 
     def adopt(self, values, keep, why):
-        """For `adjust`: defaults from an earlier run, a dict that may hold keys of another version, except for the
-        keys to `keep`. SettingError for a value that the key cannot have."""
+        """For `adjust`: all defaults but those to `keep` come from an earlier run, a dict that may hold keys
+        of another version. SettingError for a value that the key cannot have."""
         for key in values.keys() & self.keys.keys() - set(keep):
             self.default(key, checked(key, values[key], self.keys[key], why), why)
 
@@ -144,25 +144,24 @@ def section(group):
     if is_script(group):
         title = os.path.basename(group["__file__"])
         with open(group["__file__"], "rb") as file:
-            found = definitions(file.read())
+            source = file.read()
+        found = definitions(source, ast.parse(source).body)
     elif dataclasses.is_dataclass(group):
         title, notes = f"{group.__module__}.{group.__qualname__}", {}
         for base in reversed(group.__mro__):  # the comment of an inherited field stands in its base
             with contextlib.suppress(OSError, TypeError, SyntaxError):  # no source (typed at a prompt)
-                notes |= definitions(inspect.getsource(base).encode())
+                source = inspect.getsource(base).encode()
+                notes |= definitions(source, ast.parse(source).body[0].body)
         fields = [f for f in dataclasses.fields(group) if f.init]
         found = {f.name: (f.default, notes.get(f.name, ("", ""))[1]) for f in fields}
     else:
         return "further keys", group
     return title, {key: row for key, row in found.items() if key[0] != "_" and type(row[0]) in EXPECTED}
 
-def definitions(source):
-    """Bytes of a script or a class -> {name: (literal or None, trailing comment)} of the assignments before its
-    first def, class or call of configure."""
-    body, lines, found = ast.parse(source).body, source.splitlines(), {}
-    if isinstance(body[0], ast.ClassDef):
-        body = body[0].body
-    for node in body:
+def definitions(source, nodes):
+    """{name: (literal or None, comment)} of the assignments before any def, class or call of configure."""
+    lines, found = source.splitlines(), {}
+    for node in nodes:
         calls = [ast.unparse(n.func).split(".")[-1] for n in ast.walk(node) if isinstance(n, ast.Call)]
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or "configure" in calls:
             break
@@ -189,8 +188,8 @@ def merge(sections, choices, first=()):
             row = found.setdefault(key, Key(default, interval, choices.get(key), comment))
             taken = key in ("sources", "keys") or hasattr(Settings, key)
             if taken or type(default) not in EXPECTED or repr(row.default) != repr(default):
-                raise AssertionError(f"{title}: {key!r} needs another name than members of Settings have, and one "
-                                     f"default, a bool, int, float, str, tuple or list, not {default!r}")
+                raise AssertionError(f"{title}: {key!r} needs a name that Settings does not use, and one "
+                                     f"default of bool, int, float, str, tuple or list, not {default!r}")
     if unknown_keys := {*choices, *first} - found.keys():
         raise AssertionError(f"choices or first: {sorted(unknown_keys)} are keys of no group")
     return found
@@ -244,20 +243,20 @@ def split_argv(argv, keys):
     while rest:
         word = rest.pop(0)
         name, equals, text = word[2:].partition("=")  # the first = only: a value may hold more
-        row = keys.get(name.replace("-", "_"), Key(False))
+        default = keys.get(name.replace("-", "_"), Key(False)).default
         alone = not rest or re.match("--[A-Za-z]", rest[0])  # one dash may begin a value: --lr -1
-        if not word.startswith("--"):
-            if not word.endswith(".py"):
-                raise SettingError(f"unexpected argument {word!r}: a config file ends in .py, "
-                                   "a setting is --key=value")
+        if word.endswith(".py") and not word.startswith("--"):
             files.append(word)
             continue
-        if not equals and isinstance(row.default, bool) and (alone or rest[0].endswith(".py")):
+        if not word.startswith("--"):
+            allowed = "a config file ends in .py, a setting is --key=value"
+            raise SettingError(f"unexpected argument {word!r}: {allowed}")
+        if not equals and isinstance(default, bool) and (alone or rest[0].endswith(".py")):
             text = "true"
         elif not equals and not alone:
             text = rest.pop(0)
-        elif not equals and isinstance(row.default, str) and row.default:  # as in `sample.py --ckpt`
-            text = row.default
+        elif not equals and default and isinstance(default, str):  # as in `sample.py --ckpt`
+            text = default
         elif not equals:
             raise SettingError(f"--{name} has no value: write --{name}=VALUE or --{name} VALUE")
         options.append((name, text, "command line"))
@@ -283,7 +282,7 @@ def convert(value, like):
     return value
 
 def checked(key, value, row, source):
-    """`value` as the type of the default of the Key `row`, within its interval and names; else SettingError."""
+    """`value` with the type of the default of the Key `row`. SettingError: not in its interval or names."""
     def wrong(part, why):
         return SettingError(f"{key} = {short(part)} ({source}): {why}")
     like = row.default
@@ -416,7 +415,7 @@ def help_rows(keys):
         comment = row.comment
         if len(members) > 1:
             defaults = {word: keys[key].default for word, key in members.items()}
-            words = [word if other == row.default else f"{word} ({other})" for word, other in defaults.items()]
+            words = [word if d == row.default else f"{word} ({d})" for word, d in defaults.items()]
             name, comment = same[0], f"{same[1].replace('NAME: ', '')}; NAME: {', '.join(words)}"
         if row.names is not None:
             comment = f"[{' | '.join(map(str, row.names))}] {comment}"
@@ -489,16 +488,16 @@ class Stream:
 
 def too_large(error):
     """Does the exception say that memory does not suffice?"""
-    if isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    words = "out of memory|can't allocate|allocate memory|calculation overflowed|too many dimensions|Overflow"
-    return isinstance(error, RuntimeError) and re.search(words, str(error))
+    words = ("out of memory|can't allocate|allocate memory|Storage size calculation overflowed|"
+             "too many dimensions|Overflow")
+    return (isinstance(error, (MemoryError, OverflowError)) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and re.search(words, str(error)))
 
 @contextlib.contextmanager
 def one_line_errors(stopped="what is unfinished was not kept"):
     """Around a script's main: what a user can cause (ValueError, OSError, too little memory) ends in one line
-    and exit code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143. Any other exception is a bug
-    and keeps its traceback; NANODIR_DEBUG=1 keeps it for all."""
+    and exit code 2, Ctrl-C and SIGTERM in one line with `stopped` and 130 or 143. Anything else is a bug and
+    keeps its traceback; NANODIR_DEBUG=1 keeps it for all."""
     def stop(signum, frame):
         raise KeyboardInterrupt(signum)
     for name in ("stdout", "stderr"):
