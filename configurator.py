@@ -401,25 +401,22 @@ def replace_file(path, content):
 # ---- what users see --------------------------------------------------------------------------------------
 
 def help_rows(keys):
-    """Keys -> (name, default, comment). Those that differ in one word alone, which their comments repeat,
-    share a row: struct_len and add_len are listed as NAME_len."""
+    """Keys -> (name, default, comment). Those that differ in one word alone, which their comments repeat, as
+    struct_len and add_len do, share the row of the first."""
     rows = {}
     for key, row in keys.items():
         word, _, rest = key.partition("_")
-        general = re.sub(rf"\b{word}\b", "NAME", row.comment)
-        same = (f"NAME_{rest}", general) if general != row.comment else key
-        rows.setdefault(same, {})[word] = key
-    for same, members in rows.items():
-        name = next(iter(members.values()))
-        row = keys[name]
-        comment = row.comment
-        if len(members) > 1:
-            defaults = {word: keys[key].default for word, key in members.items()}
-            words = [word if d == row.default else f"{word} ({d})" for word, d in defaults.items()]
-            name, comment = same[0], f"{same[1].replace('NAME: ', '')}; NAME: {', '.join(words)}"
+        general = re.sub(rf"\b{word}\b", "", row.comment)
+        same = (rest, general) if general != row.comment else key
+        rows.setdefault(same, []).append(key)
+    for key, *others in rows.values():
+        row, comment = keys[key], keys[key].comment
+        others = [k if keys[k].default == row.default else f"{k} ({keys[k].default})" for k in others]
+        if others:
+            comment += f"; likewise {', '.join(others)}"
         if row.names is not None:
             comment = f"[{' | '.join(map(str, row.names))}] {comment}"
-        yield name, repr(row.default), comment
+        yield key, repr(row.default), comment
 
 def help_text(groups, sections, keys, first=(), prefix=""):
     """The first paragraph of the script's docstring, usage, the keys of `first`, the others by section."""

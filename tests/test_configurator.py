@@ -440,7 +440,7 @@ def test_help_joins_keys_that_differ_in_one_word(capsys):
     with pytest.raises(SystemExit):
         resolve(group, argv=["--help"])
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-    assert rows == [["--NAME_len", "8", "[1, 9] digits; NAME: a, bc, d (16)"], ["--e_len", "8", "[1, 5] e: digits"],
+    assert rows == [["--a_len", "8", "[1, 9] a: digits; likewise bc_len, d_len (16)"], ["--e_len", "8", "[1, 5] e: digits"],
                     ["--f_len", "8"], ["--g_len", "8"], ["--threads", "0", "[0, 9] threads"]]
 
 
