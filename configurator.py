@@ -345,14 +345,17 @@ def reading(path, repair):
         said = " ".join(str(error).split()) or "no more is known"
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {said[:120]}): {repair}") from None
 
-class Sink(io.FileIO):
+class Sink(io.RawIOBase):
     """A new file beside `path` that keeps its first error for `finish`: in torch.save it can abort Python."""
 
     def __init__(self, path):
-        self.error, self.size = None, 0
+        self.name, self.error, self.size = f"{path}.tmp", None, 0
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}.tmp")  # what a killed run left, or a link that somebody put there
-        super().__init__(f"{path}.tmp", "xb")  # x: never written through a link
+            os.unlink(self.name)  # what a killed run left, or a link that somebody put there
+        self.file = open(self.name, "xb", buffering=0)  # x: never written through a link
+
+    def writable(self):
+        return True
 
     def write(self, content):
         left = memoryview(content).cast("B")
@@ -360,7 +363,7 @@ class Sink(io.FileIO):
         self.size += n
         try:
             while left and not self.error:
-                left = left[super().write(left):]
+                left = left[self.file.write(left):]
         except OSError as error:
             self.error = error
         return n
@@ -369,8 +372,8 @@ class Sink(io.FileIO):
         """Flushed to disk, it becomes `path`. OSError if anything could not be written."""
         if self.error:
             raise self.error
-        os.fsync(self.fileno())
-        self.close()
+        os.fsync(self.file.fileno())
+        self.file.close()
         os.replace(self.name, path)
 
 @contextlib.contextmanager
@@ -385,7 +388,7 @@ def written(path):
     except BaseException as error:
         if sink:
             with contextlib.suppress(OSError):
-                sink.close()
+                sink.file.close()
                 os.unlink(sink.name)
         if not isinstance(error, OSError):
             raise

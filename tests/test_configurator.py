@@ -491,6 +491,19 @@ def test_bugs_keep_their_traceback(error):
             raise error
 
 
+@pytest.mark.parametrize("write", ["f.write(bytes(10**6))", "__import__('numpy').save(f, __import__('numpy').zeros(10**6))"])
+def test_what_cannot_be_written_says_why_and_leaves_the_old_file(tmp_path, write):
+    path = tmp_path / "z.npy"
+    path.write_bytes(b"old")
+    code = (f"import resource, configurator\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            f"with configurator.one_line_errors(), configurator.written({str(path)!r}) as f:\n    {write}\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(configurator.__file__).parent)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "z.npy of 1,0" in done.stderr or "z.npy of 8,0" in done.stderr, done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert os.listdir(tmp_path) == ["z.npy"] and path.read_bytes() == b"old"
+
+
 def run(script, *args, **env):
     clean = {k: v for k, v in os.environ.items() if k not in ("NANODIR_DEBUG", "N_STEPS")}
     root = str(Path(configurator.__file__).parent)
