@@ -875,7 +875,11 @@ def main(cfg):
     end(run, step + 1, step + 1 < cfg.max_iters and (stop.code or 143))
 
 
-IGNORED = ("mem_check", "log_output", "gen_tokens", "prompt_len")   # what they asked for is sample.py's work
+FIRST = ("out_dir", "init_from", "data_path", "tokenizer", "seq_len", "batch_size", "max_iters", "n_layer",
+         "n_embd", "head_size", "mixer", "direction", "dw_jrt", "objective", "optimizer", "muon_lr", "learning_rate",
+         "eval_interval", "device", "dtype")   # what --help shows first
+# names of the original experiments that have no effect here; sample.py continues prompts
+IGNORED = ("*_eval", "mem_check", "log_output", "gen_tokens", "prompt_len")
 
 
 if __name__ == "__main__":
@@ -883,6 +887,7 @@ if __name__ == "__main__":
         choices = dict(nets.CHOICES | diffusion.CHOICES, optimizer=nets.OPTIMIZERS,
                        dtype=["auto", "fp32", "bf16"], wkv_impl=wkv_cuda.BACK_ENDS)
         settings = configure(globals(), nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(),
-                             adjust=defaults_for, show=os.environ.get("RANK", "0") == "0", choices=choices)
+                             adjust=defaults_for, show=os.environ.get("RANK", "0") == "0", choices=choices,
+                             first=FIRST, ignored=IGNORED)
         main(settings)
     on_stop(signal.SIG_IGN)                # all is done and written: nothing to stop any more

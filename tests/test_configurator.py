@@ -96,6 +96,15 @@ def test_the_call_may_stand_inside_a_function(tmp_path):
     assert resolve({"__file__": str(tmp_path / "s.py")}).as_dict() == {"a": 1}
 
 
+@pytest.mark.parametrize("end", ["def main():\n    pass", "class Net:\n    a = 5  # no key either", "async def go():\n    pass"])
+def test_settings_end_at_the_first_def_or_class(tmp_path, end):
+    """What stands below is a constant of the code, not a setting by accident."""
+    (tmp_path / "s.py").write_text(f"import os\na = 1\nif a:\n    pass\nb = 2\n{end}\nLIMIT = 3\nconfigure(globals())\n")
+    script = {"__file__": str(tmp_path / "s.py"), "LIMIT": 3}
+    assert resolve(script).as_dict() == {"a": 1, "b": 2}
+    assert "unknown key 'LIMIT'" in message(script, argv=["--LIMIT=4"])
+
+
 def test_resolved_values_are_written_back_into_the_script(script):
     resolve(script, Model, argv=["--n_steps=3", "--n_layer=2"])
     assert script["n_steps"] == 3 and script["learning_rate"] == 1e-3
@@ -353,6 +362,42 @@ def test_no_false_alarm_from_an_ordinary_environment(env, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+# ---- former keys -----------------------------------------------------------------------------------------------------
+
+FORMER = ("*_eval", "mem_check")
+
+
+def test_former_keys_are_accepted_without_effect(script, capsys):
+    group = {"struct_len": (8, "digits")}
+    plain = resolve(group)
+    path = config("a.py", "add_eval = True\nmem_check = 3\nstruct_len = 4\n")
+    for argv in (["--add_eval"], ["--add_eval=1"], ["--add-eval", "1"], ["--mem-check", "--add_eval=x"]):
+        assert resolve(group, argv=argv, ignored=FORMER) == plain
+    cfg = resolve(group, argv=["--mem_check", path, "--add_eval", "0"], ignored=FORMER)
+    assert (cfg.struct_len, cfg.sources) == (4, {"struct_len": "file a.py"})
+    env = {"ADD_EVAL": "1", "MEM_CHECK": "", "STRUCT_LEN": "5"}
+    assert resolve(group, env=env, ignored=FORMER).as_dict() == {"struct_len": 5}
+    assert capsys.readouterr().err == ""
+    assert resolve(group, env={"X_ADD_EVAL": "1"}, prefix="X_", ignored=FORMER) == plain
+    with pytest.raises(SystemExit):
+        resolve(group, argv=["--help"], ignored=FORMER)
+    assert "eval" not in capsys.readouterr().out
+
+
+def test_a_key_wins_over_a_pattern_and_a_typo_is_still_an_error(script):
+    assert resolve(script, argv=["--struct_eval=3"], ignored=FORMER).struct_eval == 3
+    for argv in (["--add_evil=1"], ["--mem_chek"]):
+        assert "unknown key" in message({"struct_len": (8, "")}, argv=argv, ignored=FORMER)
+    assert "unknown key 'ADD_TASK'" in message({"struct_len": (8, "")}, env={"ADD_TASK": "1"}, ignored=FORMER)
+
+
+def test_a_stored_configuration_may_hold_former_keys():
+    """As of a checkpoint written when there were x_eval keys."""
+    stored = {"struct_eval": True, "struct_len": 4, "mem_check": False}
+    cfg = resolve({"struct_len": (8, "digits")}, adjust=lambda cfg: cfg.adopt(stored, (), "ckpt.pt"))
+    assert cfg.as_dict() == {"struct_len": 4}
+
+
 # ---- --help ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -376,6 +421,27 @@ def test_help(script, capsys, flag):
     assert rows["struct_eval"].split() == ["--struct_eval", "0"]
     columns = {rows[key].index(text) for key, text in [("n_steps", "optimizer"), ("dropout", "prob"), ("struct_len", "digits")]}
     assert len(columns) == 1
+
+
+def test_help_lists_what_matters_first(script, capsys):
+    with pytest.raises(SystemExit):
+        resolve(script, Model, argv=["--help"], first=("n_layer", "n_steps"))
+    lines = capsys.readouterr().out.splitlines()
+    top = lines.index("the ones that matter")
+    assert [line.split()[0] for line in lines[top + 1:top + 3]] == ["--n_layer", "--n_steps"] and lines[top + 3] == ""
+    assert lines[top + 4] == "script.py" and sum("--n_steps " in line for line in lines) == 1
+    with pytest.raises(AssertionError, match="n_stesp"):
+        resolve(script, first=("n_stesp",))
+
+
+def test_help_joins_keys_that_differ_in_one_word(capsys):
+    group = {"a_len": (8, "[1, 9] a: digits"), "bc_len": (8, "[1, 9] bc: digits"), "d_len": (16, "[1, 9] d: digits"),
+             "e_len": (8, "[1, 5] e: digits"), "f_len": (8, ""), "g_len": (8, ""), "threads": (0, "[0, 9] threads")}
+    with pytest.raises(SystemExit):
+        resolve(group, argv=["--help"])
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert rows == [["--a_len", "8", "[1, 9] a: digits; likewise bc_len, d_len (16)"], ["--e_len", "8", "[1, 5] e: digits"],
+                    ["--f_len", "8"], ["--g_len", "8"], ["--threads", "0", "[0, 9] threads"]]
 
 
 def test_help_without_source_or_docstring(tmp_path, capsys):
@@ -423,6 +489,19 @@ def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         with one_line_errors():
             raise error
+
+
+@pytest.mark.parametrize("write", ["f.write(bytes(10**6))", "__import__('numpy').save(f, __import__('numpy').zeros(10**6))"])
+def test_what_cannot_be_written_says_why_and_leaves_the_old_file(tmp_path, write):
+    path = tmp_path / "z.npy"
+    path.write_bytes(b"old")
+    code = (f"import resource, configurator\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            f"with configurator.one_line_errors(), configurator.written({str(path)!r}) as f:\n    {write}\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(configurator.__file__).parent)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "z.npy of 1,0" in done.stderr or "z.npy of 8,0" in done.stderr, done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert os.listdir(tmp_path) == ["z.npy"] and path.read_bytes() == b"old"
 
 
 def run(script, *args, **env):

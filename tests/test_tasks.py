@@ -328,9 +328,9 @@ def test_qa_counts_any_right_question():
 
 def test_settings():
     table = tasks.settings()
-    assert table["struct_task"][0] is False and table["struct_eval"][0] is False and table["struct_len"][0] == 8
+    assert table["struct_task"][0] is False and table["struct_len"][0] == 8
     assert table["index_len"][0] == 16 and table["add_mask_len"][0] == 4 and table["reverse_digit_max"][0] == 28
-    assert len(table) == sum(2 + len(task.params) for task in TASKS.values())     # no two tasks share a key
+    assert len(table) == sum(1 + len(task.params) for task in TASKS.values())     # no two tasks share a key
     assert all(isinstance(comment, str) and comment and "\n" not in comment for _, comment in table.values())
     assert all(key in tasks.COMMENTS for task in TASKS.values() for key in task.params)
     assert set(tasks.COMMENTS) == {key for task in TASKS.values() for key in task.params}
