@@ -500,7 +500,7 @@ def sampled(folder, rows, length, **options):
     net = nets.from_pretrained("the run", saved).eval()
     diff = diffusion.trained_with(saved["config"])
     x = torch.full((rows, length), net.mask_id)
-    name = options.pop("sampler", diffusion.OBJECTIVES[diff.objective or "masked_mean"].samplers[0])
+    name = options.pop("sampler", diffusion.OBJECTIVES[diff.objective or "masked_mean"].sampler)
     options |= dict(cfg=diff) if name in diffusion.GAUSSIAN_STEPS else {}
     return diffusion.SAMPLERS[name](net, x, x != net.mask_id, net.mask_id, data.generator(1, 0, 3), **options)
 

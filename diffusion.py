@@ -206,9 +206,9 @@ class Objective:
     """
     defaults = {}            # of other settings, where the user gives none
     sources = ("text", "task")  # kinds of data that it can learn from
-    samplers = ("confidence", "topk", "ancestral", "first_hitting", "block")   # that fit, the default first
+    sampler = "confidence"   # the row of SAMPLERS that is used unless another one is asked for
     modes = ()               # what sample.py can do with latents, the default first ...
-    latent_samplers = ()     # ... and by which samplers
+    latent_sampler = "first_hitting"    # ... and by which sampler
     terms = ()               # names of the loss terms, each with a denominator of its own; none: a number
     gaussian = False         # is noise put on embeddings?
     latents = False          # does it learn texts together with latents?
@@ -298,6 +298,14 @@ class Objective:
         predicted) to show, each (T,)."""
         raise NotImplementedError
 
+    def fits(self, sampler):
+        """Can that row of SAMPLERS be used with a network trained so?"""
+        return sampler != "ar" and sampler not in GAUSSIAN_STEPS
+
+    def fits_latent(self, sampler):
+        """The same for texts with latents."""
+        return sampler in DECISIONS
+
     def fill(self, net, x, known, generator, sampler="", **options):
         """x (B,T) -> x with what is not known (B,T) sampled. options: those of the samplers, and guidance."""
         raise NotImplementedError
@@ -358,7 +366,7 @@ class Masked(Objective):
     def fill(self, net, x, known, generator, sampler="", guidance=1.0, block_size=0, eot=None, **options):
         """block_size: 0 = as trained; eot: the id after which a row gets nothing else, for samplers that go
         on from a state."""
-        name = sampler or self.samplers[0]
+        name = sampler or self.sampler
         if name in STATEFUL and guidance != 1:
             raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a "
                              "state: leave it at 1")
@@ -387,7 +395,10 @@ class Task(Masked):
 
 class NextToken(Task):
     """Autoregressive: each token from those before it, for causal networks. Its bound is exact."""
-    sources, samplers, causal = ("text",), ("ar",), True
+    sources, sampler, causal = ("text",), "ar", True
+
+    def fits(self, sampler):
+        return sampler == "ar"
 
     def logits(self, net, x, masked, lengths=None):
         """The mask stands for the start of the text, then come all tokens but the last."""
@@ -402,7 +413,7 @@ class Blocks(Masked):
     """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean
     cross-entropy: the bound's weights 1 / t let single tokens rule a step's gradient, and what is trained so
     has the worse bound."""
-    sources, samplers = ("text",), ("block", *Masked.samplers[:-1])
+    sources, sampler = ("text",), "block"
     defaults = {"dw_jrt_inject": "gate"}       # the form of DW-JRT that keeps the state which crosses blocks
 
     def check(self, direction):
@@ -588,9 +599,13 @@ class Gaussian(Objective):
     has something to compare with.
     """
     defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
-    sources, samplers = ("text", "task", "pairs"), ("ddim", "ddpm")
-    modes, latent_samplers = ("l2t",), samplers
+    sources, modes, sampler, latent_sampler = ("text", "task", "pairs"), ("l2t",), "ddim", "ddim"
     gaussian, uses_all, eval_batches = True, False, 1
+
+    def fits(self, sampler):
+        return sampler in GAUSSIAN_STEPS
+
+    fits_latent = fits
 
     def check(self, direction):
         super().check(direction)
@@ -679,7 +694,7 @@ class Gaussian(Objective):
 
     def fill(self, net, x, known, generator, sampler="", steps=0, **options):
         options |= dict(cfg=self.cfg, steps=noise_steps(self.cfg, steps))
-        return SAMPLERS[sampler or self.samplers[0]](net, x, known, self.mask_id, generator, **options)
+        return SAMPLERS[sampler or self.sampler](net, x, known, self.mask_id, generator, **options)
 
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -788,7 +803,7 @@ class Coupled(Masked):
     the latent's MSE (mean over D)."""
     defaults = dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0)
     sources, terms, latents, uses_all = ("pairs",), ("text", "latent"), True, False
-    modes, latent_samplers = ("joint", "l2t", "t2l"), ("first_hitting", "confidence", "topk", "ancestral")
+    modes = ("joint", "l2t", "t2l")
 
     def __init__(self, cfg, net_cfg, steps=1):
         super().__init__(cfg, net_cfg, steps)
@@ -1010,7 +1025,7 @@ OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken
               "block": Blocks, "block_elbo": BlockElbo, "b3d": B3D, "gaussian": Gaussian,
               "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled, "sequential": Coupled,
               "stage2_variational": Variational}
-CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": ("", *OBJECTIVES),
+CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": OBJECTIVES,
            "beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
 

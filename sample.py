@@ -151,7 +151,7 @@ def fill(model, objective, tokenizer, x, lengths, known):
     """Fill x (B,T) where not known, and report what it took -> x on the CPU."""
     device, begun = model.emb.weight.device, time.perf_counter()
     x, known, lengths = (z if z is None else z.to(device) for z in (x, known, lengths))
-    counted, name = Counted(model, lengths), sampler or objective.samplers[0]
+    counted, name = Counted(model, lengths), sampler or objective.sampler
     options = dict(sampler=name, steps=steps, threshold=threshold, temperature=temperature, top_k=top_k,
                    top_p=top_p, guidance=guidance, eta=eta, clamp=clamp, block_size=block_size,
                    eot=tokenizer.eot_id, lengths=lengths, watch=watcher(tokenizer, model.mask_id))
@@ -179,7 +179,7 @@ def answer_task(model, objective, tokenizer, name, settings):
 def write_text(model, objective, tokenizer, T, prompts):
     """Text after prompts, between a prompt and a suffix, or in holes."""
     x, lengths = rows_of_text(tokenizer, model.mask_id, T, prompts)
-    if x.shape[1] > T and (sampler or objective.samplers[0]) not in diffusion.STATEFUL:
+    if x.shape[1] > T and (sampler or objective.sampler) not in diffusion.STATEFUL:
         raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the "
                          f"seq_len={T} this network was trained on, and it sees a row whole: give less, or "
                          "train with --objective=block or ar, which go on without end")
@@ -218,8 +218,9 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
     if (asked == "l2t") != bool(latent):
         raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the "
                          "others none")
-    rules = objective.latent_samplers
-    if sampler and sampler not in rules:
+    rule = sampler or objective.latent_sampler
+    if not objective.fits_latent(rule):
+        rules = filter(objective.fits_latent, diffusion.SAMPLERS)
         raise ValueError(f"sampler={sampler} is not for texts with latents of this network: choose one of "
                          f"{', '.join(rules)}")
     n, g, diff = length or T, data.generator(seed, 0, 3), objective.cfg
@@ -243,10 +244,10 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         if "projection" in saved:
             projection = data.Projection(*(q.numpy() for q in saved["projection"]))
         z = read_latent(model, projection).repeat_interleave(num_samples, 0)
-        texts |= dict(sampler=sampler or rules[0], clamp=clamp)
+        texts |= dict(sampler=rule, clamp=clamp)
         x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, **texts)
     else:
-        texts |= dict(lead=lead, rule=sampler or rules[0])
+        texts |= dict(lead=lead, rule=rule)
         x, z = diffusion.sample_joint(model, num_samples, n, g, diff, **texts)
     for row in [] if x is None else x.cpu().tolist():
         print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
@@ -280,10 +281,9 @@ def main(cfg):
     task = tasks.chosen(trained)
     name = trained["objective"] or ("task" if task else "masked_mean")
     objective = diffusion.OBJECTIVES[name](diffusion.trained_with(trained | {"objective": name}), model.cfg)
-    if sampler and sampler not in objective.samplers + objective.latent_samplers:
-        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave "
-                         "sampler out, or choose "
-                         + ", ".join(objective.samplers))
+    with_latents = (mode or latent) and objective.fits_latent(sampler)
+    if sampler and not objective.fits(sampler) and not with_latents:
+        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave sampler out")
     texts = prompt or suffix or prompt_file or text
     if task and not texts:
         answer_task(model, objective, tokenizer, task, trained)
