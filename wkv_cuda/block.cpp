@@ -9,34 +9,38 @@ namespace {
 struct ShiftMix {
   int64_t B, T, C, n, reach, back;                       // reach: 0 = all channels from the token before, else 2 reach groups
   const float *x, *last, *mix;                           // last may be null; mix (n,C)
-  float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
+  float* const* outs;                                    // n outputs, or their gradients
+  float *dx, *dlast, *dmix;
 
   static ShiftMix of(const Call& call) {
     auto p = call.as<ShiftMix>(6);
-    p.outs = call.buffers.data() + 6;
+    p.outs = call.buffers.data() + 3;
+    if (p.back) p.dx = p.outs[p.n], p.dlast = p.outs[p.n + 1], p.dmix = p.outs[p.n + 2];
     return p;
   }
 };
 
 struct Wkv7Inputs {
-  int64_t rows, C, N, back;
+  int64_t B, T, C, N, back;
   const float *w, *a, *k, *v, *gate, *v_first, *w0, *a0, *v0, *k_k, *k_a;      // v, gate, v_first, v0 may be null together
   const bool* valid;                                     // a flag a row, or null
   float *w_out, *k_out, *a_out, *b_out, *v_out;          // backward reads w_out, but not w and w0
   const float *dw_out, *dk_out, *da_out, *db_out, *dv_out;
-  float *dw, *da, *dk, *sums, *dv, *dgate, *dv_first;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
+  float *dw, *da, *dk, *dv, *dgate, *dv_first, *sums;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
 
-  static Wkv7Inputs of(const Call& call) { return call.as<Wkv7Inputs>(4); }
+  static Wkv7Inputs of(const Call& call) { return call.as<Wkv7Inputs>(5); }
 };
 
 struct Wkv7Output {
-  int64_t rows, C, N, back;
-  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias, *dout;
-  float *out, *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
+  int64_t B, T, C, N, back;
+  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias;
+  float* out;
+  const float* dout;
+  float *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
   double eps;
 
   static Wkv7Output of(const Call& call) {
-    auto p = call.as<Wkv7Output>(4);
+    auto p = call.as<Wkv7Output>(5);
     p.eps = call.eps;
     return p;
   }
@@ -44,18 +48,22 @@ struct Wkv7Output {
 
 struct ReadState {
   int64_t B, T, H, N, back;
-  const float *q, *y, *dout, *s;                         // (B,T,H,N), y may be null; s (B,H,N,N)
-  float *out, *dq, *ds;
+  const float *q, *s, *y;                                // (B,T,H,N), y may be null; s (B,H,N,N)
+  float* out;
+  const float* dout;
+  float *dq, *ds;
 
   static ReadState of(const Call& call) { return call.as<ReadState>(5); }
 };
 
 struct SquaredReLU {
-  int64_t n;
-  const float *x, *dy;                                   // dy null: forward
+  int64_t n, back;
+  const float* x;
   float* y;
+  const float* dy;
+  float* dx;
 
-  static SquaredReLU of(const Call& call) { return call.as<SquaredReLU>(1); }
+  static SquaredReLU of(const Call& call) { return call.as<SquaredReLU>(2); }
 };
 
 // A kernel's rows, and those of its buffers that may hold bfloat16: (rows,C), from the index `written` on outputs.
@@ -379,7 +387,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
         else std::memcpy(in[i][t], p.rows[i] + o, sizeof in[i][t]);
       }
     const float* gate = p.rows[GATE] ? *in[GATE] : nullptr;
-    Wkv7Inputs q{len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
+    Wkv7Inputs q{1, len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
                  p.k_k + c, p.k_a + c, p.valid ? p.valid + bi * p.T + t0 : nullptr, *made[0], *made[1], *made[2], *made[3], *made[4]};
     inputs_forward(q, 0, len);
     Wkv7 z{};
@@ -392,7 +400,7 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
             __builtin_prefetch(reinterpret_cast<const char*>(p.rows[i]) + (ahead + t * C) * size + byte);
         if (p.every && (t0 + t) % p.every == 0) put(scan, (t0 + t) / p.every);
       });
-    Wkv7Output u{len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, nullptr, *made[6]};
+    Wkv7Output u{1, len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, *made[6]};
     u.eps = call.eps;
     output_forward(u, 0, len);
     for (int64_t t = 0; t < len; ++t) {
@@ -460,11 +468,12 @@ void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
     }
 }
 
-// y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
+// y = relu(x)^2, or dx = 2 relu(x) dy.
 void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
+  float* to = p.back ? p.dx : p.y;
   for (int64_t i = lo; i < hi; ++i) {
     const float z = p.x[i] < 0.f ? 0.f : p.x[i];         // written so that NaN stays NaN
-    p.y[i] = z * (p.dy ? 2.f * p.dy[i] : z);
+    to[i] = z * (p.back ? 2.f * p.dy[i] : z);
   }
 }
 
@@ -472,21 +481,21 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
-  const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, std::max<int64_t>(1, p.reach)};
+  const Rows r{call, p.B * p.T, p.C, p.back ? size_t(3 + p.n) : 3, std::max<int64_t>(1, p.reach)};
   if (!p.back) return over_rows(r, shift_mix_forward);
   with_sums(r, p.n * p.C, p.dmix, shift_mix_backward);
 }
 
 void wkv7_inputs(const Call& call) {
   const auto p = Wkv7Inputs::of(call);
-  const Rows r{call, p.rows, p.C, 12};
+  const Rows r{call, p.B * p.T, p.C, 12};
   if (!p.back) return over_rows(r, inputs_forward);
   with_sums(r, (p.gate ? 5 : 4) * p.C, p.sums, inputs_backward);
 }
 
 void wkv7_output(const Call& call) {
   const auto p = Wkv7Output::of(call);
-  const Rows r{call, p.rows, p.C, 9};
+  const Rows r{call, p.B * p.T, p.C, p.back ? 10u : 8u};
   if (!p.back) return over_rows(r, output_forward);
   with_sums(r, 3 * p.C, p.sums, output_backward);
 }
@@ -503,12 +512,15 @@ void read_state(const Call& call) {
   parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
     if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
     for (int64_t row = lo; row < hi; ++row)
-      in_float32({call, p.B * p.T, p.H * p.N, 4}, row * p.T, (row + 1) * p.T,
+      in_float32({call, p.B * p.T, p.H * p.N, p.back ? 5u : 3u}, row * p.T, (row + 1) * p.T,
                  [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
   });
 }
 
-void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }
+void squared_relu(const Call& call) {
+  const auto p = SquaredReLU::of(call);
+  over_rows({call, p.n, 1, p.back ? 3u : 1u}, squares);
+}
 
 // What bench.py holds the other kernels against: x = x a + b on registers alone, in each of `numbers[0]` pieces numbers[1] times over 3/4 of the
 // registers. The buffer has 16 floats a piece, of which the first

@@ -1,11 +1,13 @@
 // What Python hands a kernel, on the CPU and on the GPU alike.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-// A kernel takes numbers and buffers in the order in which __init__.py's modules give them to `call`; a buffer that it need neither
-// read nor write is null. Its struct names them: members of eight bytes, numbers before buffers.
+// A kernel takes numbers and buffers in the order in which the Python modules give them to `call`; a buffer that it
+// need neither read nor write is null, as are those that the list ends before. Its struct names them: members of
+// eight bytes, numbers before buffers.
 struct Call {
   const int64_t* numbers;
   double eps;
@@ -14,9 +16,10 @@ struct Call {
 
   template <class P>
   P as(int64_t count) const {              // the first `count` members of P are numbers
-    P p;
+    P p{};
     std::memcpy(static_cast<void*>(&p), numbers, 8 * count);
-    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers.data(), sizeof p - 8 * count);
+    std::memcpy(reinterpret_cast<char*>(&p) + 8 * count, buffers.data(),
+                std::min(sizeof p - 8 * count, 8 * buffers.size()));
     return p;
   }
 };

@@ -20,8 +20,9 @@ KERNELS = {"cpu": "cpp", "cuda": "cuda"}   # device -> the compiled back end tha
 
 
 def backend(device, kind=torch.float32):
-    """Which of BACK_ENDS serves `device` ("cpu", "cuda", ...). WKV_IMPL forces one; a forced kernel that cannot be built
-    raises ValueError with the compiler's last lines, `auto` falls back to plain torch and says so once."""
+    """Which of BACK_ENDS serves `device` ("cpu", "cuda", ...). WKV_IMPL forces one; a forced kernel that
+    cannot be built raises ValueError with the compiler's last lines, `auto` falls back to plain torch and
+    says so once."""
     asked = os.environ.get("WKV_IMPL", "auto")
     if asked not in BACK_ENDS:
         raise ValueError(f"WKV_IMPL={asked!r} is unknown: choose one of {', '.join(BACK_ENDS)}")
@@ -55,7 +56,8 @@ def say(line):
 
 @functools.cache
 def build(name):
-    """Compile (first use on this machine) and load the kernels "cpp" or "cuda" -> "" or the reason why they cannot be had, with the repair."""
+    """Compile (first use on this machine) and load the kernels "cpp" or "cuda" -> "" or the reason why they
+    cannot be had, with the repair."""
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES)" if torch.version.cuda else "this torch is built without CUDA"
     from torch.utils.cpp_extension import get_cxx_compiler
@@ -92,7 +94,8 @@ TITLES = {"cpp": "C++", "any": "C++", "cuda": "CUDA"}
 
 
 def compiled(name, sources, flags, nvcc_flags=(), **options):
-    """Compile the sources (Paths) into a library, unless that has been done before, and load it -> its path. Raises what the compiler does."""
+    """Compile the sources (Paths) into a library, unless that has been done before, and load it -> its path.
+    Raises what the compiler does."""
     from torch.utils.cpp_extension import get_cxx_compiler, load
     sources = sorted(sources, reverse=True)
     texts = [f.read_text() for folder in sorted({f.parent for f in sources}) for f in sorted(folder.glob("*.[ch]*"))]
@@ -123,8 +126,9 @@ def digest(file):
 
 
 def gpu_flags():
-    """What nvcc must be told to compile for the GPU at hand and, as PTX, for later ones; for one that nvcc does not know, PTX of the latest
-    architecture that it does. ValueError: no toolkit, one of another CUDA than torch's, an old GPU."""
+    """What nvcc must be told to compile for the GPU at hand and, as PTX, for later ones; for one that nvcc
+    does not know, PTX of the latest architecture that it does. ValueError: no toolkit, one of another CUDA
+    than torch's, an old GPU."""
     from torch.utils.cpp_extension import CUDA_HOME
     wanted = torch.version.cuda
     if not CUDA_HOME:
@@ -146,9 +150,10 @@ def gpu_flags():
 
 
 def call(kernel, numbers, tensors, eps=0.0):
-    """Run a kernel on contiguous tensors of its own choosing, among them the buffers that it fills; None: it needs no such."""
+    """Run a kernel on contiguous tensors of its own choosing, among them the buffers that it fills; None: it
+    needs no such."""
     device = next(x.device for x in tensors if x is not None)
-    tensors = [NONE if x is None else x for x in tensors]
+    tensors = [NONE if x is None else x.contiguous() for x in tensors]
     if KERNELS[device.type] == "cpp":
         return torch.ops.nanodir_kernel.run(kernel, numbers, eps, tensors)
     with stream_of(device) as stream:
@@ -165,31 +170,12 @@ def stream_of(device):
 NONE = torch.empty(0)
 
 
-def operator(fake):
-    """Decorates a function of tensors that calls a kernel: inside a compiled graph it is a torch operator with that fake, outside
-    it is called as it is, since torch takes longer to dispatch a Python operator than these kernels often take to run."""
-    def decorate(f):
-        op = torch.library.custom_op("nanodir::" + f.__name__.lstrip("_"), f, mutates_args=())
-        op.register_fake(fake)
-        return lambda *args: op(*args) if torch.compiler.is_compiling() else f(*args)
-    return decorate
-
-
-def wants_grad(*args):
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
-
-
-def run(function, op, *args):
-    """op(*args), through the autograd.Function only where a gradient is wanted: to go through it takes as long as a small kernel."""
-    return function.apply(*args) if wants_grad(*args) else op(*args)
-
-
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"   # the stable ABI of torch 2.11: one source for it and all later ones
 
 
 def build_root():
-    """Where builds are kept: TORCH_EXTENSIONS_DIR, else the user's cache, else the temporary folder. OSError: the one there is
-    another user's, who could have put any library in it."""
+    """Where builds are kept: TORCH_EXTENSIONS_DIR, else the user's cache, else the temporary folder. OSError:
+    the one there is another user's, who could have put any library in it."""
     home = Path(os.path.expanduser("~"))                       # Path.home() raises where nobody knows
     for root in (os.environ.get("TORCH_EXTENSIONS_DIR"), home / ".cache" / "nanodir" if home.is_absolute() else None):
         if root and (os.access(root, os.W_OK) or not Path(root).exists() and os.access(Path(root).parent.parent, os.W_OK)):
