@@ -14,7 +14,7 @@ struct ShiftMix {
 
   static ShiftMix of(const Call& call) {
     auto p = call.as<ShiftMix>(6);
-    p.outs = call.buffers.data() + 3;
+    p.outs = call.buffers.data() + (p.back ? 3 + p.n : 3);
     if (p.back) p.dx = p.outs[p.n], p.dlast = p.outs[p.n + 1], p.dmix = p.outs[p.n + 2];
     return p;
   }
@@ -481,7 +481,7 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
-  const Rows r{call, p.B * p.T, p.C, p.back ? size_t(3 + p.n) : 3, std::max<int64_t>(1, p.reach)};
+  const Rows r{call, p.B * p.T, p.C, p.back ? size_t(3 + 2 * p.n) : 3, std::max<int64_t>(1, p.reach)};
   if (!p.back) return over_rows(r, shift_mix_forward);
   with_sums(r, p.n * p.C, p.dmix, shift_mix_backward);
 }

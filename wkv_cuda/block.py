@@ -89,7 +89,7 @@ def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight,
     inputs = *_to(kind, *x, half=True), *_to(kind, *p), valid, *_to(kind, s0)
     numbers = (head_size, every or 0)
     if grads:
-        return WKV7_MIX.function.apply(numbers, eps, *inputs, *_to(kind, leak))
+        return WKV7_MIX.apply(numbers, eps, *inputs, *_to(kind, leak))
     return tuple(WKV7_MIX.forward(inputs, numbers, eps))
 
 
@@ -157,7 +157,7 @@ def read_state(s, q, y=None):
     kernel = N in HEAD_SIZES and _kernel(q.device, kind)
     s, (q, y) = s.to(kind), _to(kind, q, y, half=kernel)
     if kernel:
-        out, = READ_STATE(q, s, y, numbers=(int(y is not None),))
+        out, = READ_STATE(q, s, y)
     else:
         out = read_state_torch(s, q, y)               # a matrix product: autocast may have it
     return out.to(dtype)
@@ -220,16 +220,11 @@ class ShiftMix(Kernel):
         n, _, half = numbers
         return like(*[inputs[0]] * n, dtype=torch.bfloat16 if half else None)
 
-    def keep(self, inputs, out):
-        return inputs
-
-
-SHIFT_MIX = ShiftMix("shift_mix")
-
 
 class Wkv7Inputs(Kernel):
-    """w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid; numbers: N -> w, k, a, b, v, empty where there is no gate.
-    The log-decay holds its own derivative, so that it is kept in place of w, in whose dtype its gradient comes."""
+    """w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid; numbers: N -> w, k, a, b, v (empty without a
+    gate). The log-decay holds its own derivative, so that it is kept in place of w, whose gradient has a's
+    dtype."""
     arity = 12
 
     def outputs(self, inputs, numbers):
@@ -240,22 +235,13 @@ class Wkv7Inputs(Kernel):
         return out[0], *inputs[1:], out[0], None, None, None, None
 
     def grads(self, inputs, numbers):
-        _, a, k, v, gate, v_first, *_ = inputs
-        sums = inputs[7].new_empty(5, a.shape[-1])                  # of w0, a0, k_k, k_a, v0
-        return [*like(a, a, k, v, gate, v_first), sums]
+        a0, sums = inputs[7], 5                                     # of w0, a0, k_k, k_a, v0
+        return [*like(inputs[1], *inputs[1:6]), a0.new_empty(sums, a0.numel())]
 
-    def spread(self, grads, inputs, numbers):
-        *rows, sums = grads
+    def differentiate(self, saved, dout, numbers, eps=0.0):
+        *grads, sums = super().differentiate(saved, dout, numbers)
         dw0, da0, dk_k, dk_a, dv0 = sums.unbind()
-        sums = _shaped((dw0, da0, dv0, dk_k, dk_a), inputs[6:11])
-        return *super().spread(rows, inputs[:6], numbers), *sums, None
-
-
-WKV7_INPUTS = Wkv7Inputs("wkv7_inputs")
-
-
-def _shaped(grads, parameters):
-    return [None if p is None else d.view(p.shape) for d, p in zip(grads, parameters)]
+        return *grads, *_shaped((dw0, da0, dv0, dk_k, dk_a), saved[6:11]), None
 
 
 class Wkv7Output(Kernel):
@@ -266,20 +252,47 @@ class Wkv7Output(Kernel):
         return like(inputs[1])
 
     def grads(self, inputs, numbers):
-        sums = inputs[5].new_empty(3, inputs[0].shape[-1])          # of r_k, weight, bias
-        return [*like(*inputs[:5]), sums]
+        r_k, sums = inputs[5], 3                                    # of r_k, weight, bias
+        return [*like(*inputs[:5]), r_k.new_empty(sums, r_k.numel())]
 
-    def spread(self, grads, inputs, numbers):
-        *rows, sums = grads
-        return *rows, *_shaped(sums.unbind(), inputs[5:])
+    def differentiate(self, saved, dout, numbers, eps=0.0):
+        *grads, sums = super().differentiate(saved, dout, numbers, eps)
+        return *grads, *_shaped(sums.unbind(), saved[5:8])
 
 
-WKV7_OUTPUT = Wkv7Output("wkv7_output")
+def _shaped(grads, parameters):
+    return [None if p is None else d.view(p.shape) for d, p in zip(grads, parameters)]
+
+
+class ReadState(Kernel):
+    """q, s, y."""
+    arity = 3
+
+    def size(self, inputs, numbers):
+        return inputs[0].shape
+
+    def outputs(self, inputs, numbers):
+        q, _, y = inputs
+        return like(q if y is None else y)
+
+    def keep(self, inputs, out):
+        return *inputs[:2], None, None                              # y, the output
+
+    def grads(self, inputs, numbers):
+        return like(*inputs[:2])
+
+    def differentiate(self, saved, dout, numbers, eps=0.0):
+        return *super().differentiate(saved, dout, numbers), dout[0]
+
+
+class SquaredReLU(Kernel):
+    def size(self, inputs, numbers):
+        return inputs[0].numel(),
 
 
 class Wkv7Mix(Kernel):
-    """Projected, Parameters, valid, s0; numbers: N, every or 0; eps. With gradients, and then a leak as the last input,
-    it is the kernels of its steps one after the other."""
+    """Projected, Parameters, valid, s0; numbers: N, every or 0; eps. With gradients, and then a leak as the
+    last input, it is the kernels of its steps one after the other."""
     materialize = False
 
     def size(self, inputs, numbers):
@@ -303,11 +316,11 @@ class Wkv7Mix(Kernel):
         start, c = s0, None
         if leak is not None:
             start = s0 - leak
-            c, = READ_STATE.forward((heads(a), leak, None), (0,), 0.0)
+            c, = READ_STATE.forward((heads(a), leak, None), (), 0.0)
         scanned = (*map(heads, (r, w, k, v, a, b)), start, c)
         (y, s), of_scan = WKV7.compute(scanned, (every, 1, int(c is not None)))
         if leak is not None:
-            y, = READ_STATE.forward((heads(r), leak, y), (1,), 0.0)
+            y, = READ_STATE.forward((heads(r), leak, y), (), 0.0)
             s = s + leak
         out, of_output = WKV7_OUTPUT.compute((y.flatten(2), x.r, k, v, x.g, *p[5:]), (N,), eps)
         return (*out, s), (*of_inputs, *of_scan, *of_output, leak)
@@ -323,9 +336,9 @@ class Wkv7Mix(Kernel):
         dq, dw, dk, dv, da, db, ds0, dc = WKV7.differentiate(of_scan, (dy, ds), numbers)
         if leak is not None:
             q, a = of_scan[0], of_scan[4]
-            more, dleak, _ = READ_STATE.differentiate((q, leak, None, None), [dy], (0,))
+            more, dleak = READ_STATE.backward((q, leak, None), [None], [dy], (), 0.0)
             dq += more
-            more, other, _ = READ_STATE.differentiate((a, leak, None, None), [dc], (0,))
+            more, other = READ_STATE.backward((a, leak, None), [None], [dc], (), 0.0)
             da += more
             dleak += other - ds0
             dleak = dleak if ds is None else dleak + ds
@@ -335,43 +348,15 @@ class Wkv7Mix(Kernel):
         dv += dv_out
         made = WKV7_INPUTS.differentiate(of_inputs, (dw, dk, da, db, dv), (N,))
         dw, da, dk, dv_in, dgate, dv_first, *dp, _ = made
-        dv = dv if dgate is None else dv_in
+        dv = dv if of_inputs[4] is None else dv_in
         return dr, dw, da, dk, dv, dgate, dv_first, dg, *dp, *dp_out, None, ds0, dleak
 
 
+
+
+SHIFT_MIX = ShiftMix("shift_mix")
+WKV7_INPUTS = Wkv7Inputs("wkv7_inputs")
+WKV7_OUTPUT = Wkv7Output("wkv7_output")
 WKV7_MIX = Wkv7Mix("wkv7_mix")
-
-
-class ReadState(Kernel):
-    """q, s, y; numbers: whether there is a y, which backward does not need."""
-    arity = 3
-
-    def size(self, inputs, numbers):
-        return inputs[0].shape
-
-    def outputs(self, inputs, numbers):
-        q, _, y = inputs
-        return like(q if y is None else y)
-
-    def keep(self, inputs, out):
-        return *inputs[:2], None, None
-
-    def grads(self, inputs, numbers):
-        return like(*inputs[:2])
-
-    def spread(self, grads, inputs, numbers):
-        return grads
-
-    def differentiate(self, saved, dout, numbers, eps=0.0):
-        return *super().differentiate(saved, dout, numbers), dout[0] if numbers[0] else None
-
-
 READ_STATE = ReadState("read_state")
-
-
-class SquaredReLU(Kernel):
-    def size(self, inputs, numbers):
-        return inputs[0].numel(),
-
-
 SQUARED_RELU = SquaredReLU("squared_relu")

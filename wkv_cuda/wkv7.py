@@ -62,13 +62,9 @@ class Wkv7(Kernel):
         return *inputs[:7], None, None, None, *out[2:]
 
     def grads(self, inputs, numbers):
-        r, s0, has_c = inputs[0], inputs[6], numbers[2]
-        dc = r.new_empty(r.shape if has_c else 0, dtype=torch.float32)
-        return like(*inputs[:6], s0) + [dc]
-
-    def spread(self, grads, inputs, numbers):
-        *grads, ds0, dc = grads
-        return *grads, None if inputs[6] is None else ds0, dc if numbers[2] else None
+        r = inputs[0]
+        dc = r.new_empty(r.shape if numbers[2] else 0, dtype=torch.float32)
+        return [*like(*inputs[:7]), dc]
 
     def differentiate(self, saved, dout, numbers, eps=0.0):
         dy, ds = dout
