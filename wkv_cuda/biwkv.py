@@ -3,7 +3,7 @@ import torch
 
 from .definitions import biwkv_loop, biwkv_torch
 from .loader import backend
-from .operators import Kernel, like
+from .operators import Kernel, kind_of, like
 
 
 def biwkv(w, u, k, v):
@@ -16,14 +16,15 @@ def biwkv(w, u, k, v):
     w (decay rate, >= 0) and u (bonus of the token itself): (C,), or (B,C) for values of each sample's own. k,
     v: (B,T,C), floating point. A position with k = -inf (padding) has no part in any mean; where no position
     has one, y = 0 and gradients are 0. w, u and v are finite. Returns y (B,T,C) in v's dtype, computed in
-    float32 (float64 for float64 v), differentiable in all four. ValueError: shapes that disagree. """
+    float32 (float64 for float64 v), differentiable in all four. ValueError: shapes that disagree."""
     if k.ndim != 3 or k.shape != v.shape:
-        raise ValueError(f"biwkv: k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: give both the same (B,T,C)")
+        raise ValueError(f"biwkv: k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: both are (B,T,C)")
     B, _, C = k.shape
     for name, x in (("w", w), ("u", u)):
         if x.shape not in ((C,), (B, C)):
-            raise ValueError(f"biwkv: {name} has shape {tuple(x.shape)}: give (C,) = {(C,)} or (B,C) = {(B, C)}")
-    kind = torch.float64 if v.dtype == torch.float64 else torch.float32
+            raise ValueError(f"biwkv: {name} has shape {tuple(x.shape)}: "
+                             f"give (C,) = {(C,)} or (B,C) = {(B, C)}")
+    kind = kind_of(v)
     args = [x.to(kind) for x in (w, u, k, v)]
     with torch.autocast(v.device.type, enabled=False):              # exponents stay in float32
         return IMPLS[backend(v.device.type, kind)](*args).to(v.dtype)

@@ -4,15 +4,15 @@ of C elements, such as (1,1,C).
 
 Arithmetic is in float32 (float64 for float64 inputs). What the linears give or take under autocast, the
 kernels read and write as the bfloat16 it is there, and so its gradients; everything else is converted to
-float32 first. """
+float32 first."""
 import functools
 
 import torch
 
-from .definitions import (HEAD_SIZES, Parameters, Projected, read_state_torch, shift_mix_torch, squared_relu_torch, time_mix,
-                          wkv7_output_torch)
+from .definitions import (HEAD_SIZES, Parameters, Projected, read_state_torch, shift_mix_torch,
+                          squared_relu_torch, time_mix, wkv7_output_torch)
 from .loader import backend
-from .operators import Kernel, like, wants_grad
+from .operators import Kernel, expect, kind_of, like, wants_grad
 from .wkv7 import WKV7, wkv7
 
 
@@ -23,21 +23,21 @@ def shift_mix(x, last, mix, reach=0):
         out[i] = x + (prev - x) * mix[i]        prev_t = x_{t-1}, prev_0 = last
 
     reach: with r > 0 the channels are 2 r equal groups, each mixed with another token, r before it to r after
-    it; zeros beyond last and the end. 1 is BiShift, as in Vision-RWKV. x: (B,T,C); last: (B,C), zeros if
-    None; mix: (n,C), or any shape of n*C elements. """
+    it; zeros beyond last and the end. 1 is BiShift, as in Vision-RWKV.
+    x: (B,T,C); last: (B,C), zeros if None; mix: (n,C), or any shape of n*C elements."""
     B, _, C = x.shape
     groups = max(1, 2 * reach)
-    if last is not None and last.shape != (B, C):
-        raise ValueError(f"shift_mix: last has shape {tuple(last.shape)}, expected (B,C) = {(B, C)}")
+    expect("shift_mix", "(B,C)", (B, C), last=last)
     if reach < 0 or C % groups:
-        raise ValueError(f"shift_mix: reach={reach} needs {2 * reach} groups of channels, C = {C} is no multiple of that")
+        raise ValueError(f"shift_mix: reach={reach} needs {2 * reach} groups of channels, "
+                         f"C = {C} is not a multiple of that")
     if mix.numel() % C:
         raise ValueError(f"shift_mix: mix has {mix.numel()} elements, expected a multiple of C = {C}")
-    kind, dtype = _kind(x), x.dtype
+    (kind, kernel), dtype = _choose(x), x.dtype
     if dtype == torch.float32 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     args = _to(kind, x, last, mix)
-    if C % (16 * groups) == 0 and _kernel(x.device, kind):          # 16 floats are a vector of the kernel
+    if kernel and C % (16 * groups) == 0:                           # 16 floats are a vector of the kernel
         out = SHIFT_MIX(*args, numbers=(mix.numel() // C, reach, int(dtype == torch.bfloat16)))
     else:
         out = shift_mix_torch(*args, reach)
@@ -45,41 +45,43 @@ def shift_mix(x, last, mix, reach=0):
 
 
 def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
-    """From the projections to what the recurrence takes: time_mix up to its `scan`
-    -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64 inputs).
+    """time_mix up to its `scan` -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64 inputs).
 
-    w, a, k, v, gate, v_first: (B,T,C), floating point; w0, a0, v0, k_k, k_a: C elements; valid: (B,T) bool or
-    None, False where a token leaves the state as it is. gate, v_first and v0 are None together: then v comes
-    back as it is, in its own dtype. """
+    The arguments are those of time_mix, each floating point. gate, v_first and v0 are None together: then v
+    comes back as it is, in its own dtype."""
     x = Projected(None, w, a, k, v, gate, v_first, None)
     p = Parameters(w0, a0, v0, k_k, k_a, None, None, None)
     _check("wkv7_inputs", w, head_size, x, p, valid)
-    kind = _kind(w)
-    if _kernel(w.device, kind):
-        rows = _to(kind, *x[1:4], *(x[4:7] if gate is not None else [None] * 3), half=True)
+    kind, kernel = _choose(w)
+    if kernel:
+        rows = _to(kind, w, a, k, *_value_residual(x), half=True)
         w, k, a, b, mixed = WKV7_INPUTS(*rows, *_to(kind, *p[:5]), valid, numbers=(head_size,))
-        return w, k, v if gate is None else mixed, a, b
-    w, k, mixed, a, b = time_mix(_to(kind, *x), _to(kind, *p), 0.0, valid, head_size, None)
+    else:
+        w, k, mixed, a, b = time_mix(_to(kind, *x), _to(kind, *p), 0.0, valid, head_size, None)
     return w, k, v if gate is None else mixed, a, b
+
+
+def _value_residual(x):
+    """v, gate and v_first as the kernel takes them: v without a gate is not its business."""
+    return (x.v, x.gate, x.v_first) if x.gate is not None else (None, None, None)
 
 
 def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, eps, valid, head_size,
              s0=None, every=None, leak=None, scan=None):
-    """All of RWKV-7's time mixing between the projections, as time_mix in definitions.py -> (B,T,C) in r's
-    dtype, and the state or states that the recurrence returns. scan: what to call as the recurrence, (r, w,
-    k, v, a, b), each (B,T,H,N) -> y, s, in place of wkv7_leaky(..., s0, leak, every).
+    """RWKV-7's time mix between the projections, time_mix in definitions.py -> (B,T,C) in r's dtype, and what
+    the recurrence returns as states. scan: the recurrence in place of wkv7_leaky with s0, leak and every.
 
     The kernels run without what autograd would put between them; where no gradient is wanted, one kernel does
-    it all for a few tokens at a time, and nothing in between leaves the cache. """
+    all for a few tokens at a time, and nothing in between leaves the cache."""
     x = Projected(r, w, a, k, v, gate, v_first, g)
     p = Parameters(w0, a0, v0, k_k, k_a, r_k, weight, bias)
     _check("wkv7_mix", r, head_size, x, p, valid, s0=s0, leak=leak)
     if every is not None and every < 1 or leak is not None and (s0 is None or every is not None):
         raise ValueError(f"wkv7_mix: every={every} is not allowed: give a number of tokens >= 1, or None; "
                          "with a leak None, and an s0")
-    kind = _kind(r)
+    kind, kernel = _choose(r)
     recurrence = scan or functools.partial(wkv7_leaky, s0=s0, leak=leak, every=every)
-    if not _kernel(r.device, kind):
+    if not kernel:
         return _portable_mix(x, p, eps, valid, head_size, recurrence)
     grads = wants_grad(*x, *p, s0, leak)
     if scan or not grads and (leak is not None or _few_heads(r, head_size)):
@@ -94,9 +96,8 @@ def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight,
 
 
 def _portable_mix(x, p, eps, valid, head_size, recurrence):
-    """time_mix in float32, but for the recurrence's bfloat16 r and v, which its GPU kernel takes as they
-    are."""
-    kind, heads = _kind(x.r), lambda z: z.unflatten(-1, (-1, head_size))
+    """time_mix in float32; but the recurrence gets r and v as they are: its GPU kernel reads bfloat16."""
+    kind, heads = kind_of(x.r), lambda z: z.unflatten(-1, (-1, head_size))
 
     def scan(r, w, k, v, a, b):
         y, s = recurrence(heads(x.r), w, k, v if x.gate is not None else heads(x.v), a, b)
@@ -107,15 +108,15 @@ def _portable_mix(x, p, eps, valid, head_size, recurrence):
 
 
 def _few_heads(r, head_size):
-    """Whether there is no head for each thread: then the one kernel, which gives threads whole heads, is the
-    slower way."""
-    return not torch.compiler.is_compiling() and r.shape[0] * r.shape[2] // head_size < torch.get_num_threads()
+    """Whether a thread would get no head: then the one kernel, which gives threads whole heads, is slower."""
+    heads = r.shape[0] * r.shape[2] // head_size
+    return not torch.compiler.is_compiling() and heads < torch.get_num_threads()
 
 
 def wkv7_leaky(r, w, k, v, a, b, s0=None, leak=None, every=None):
     """wkv7 with J diag(1 - exp w_t) added to the state at every step, `leak` being J (B,H,N,N), None for
-    none: the plain recurrence on S - J, with what J gives written and read on top. Where there is a leak, s0
-    is given and `every` is not."""
+    none: the plain recurrence on S - J, with what J gives written and read on top. With a leak goes an s0 and
+    no `every`."""
     if leak is None:
         return wkv7(r, w, k, v, a, b, s0, every=every)
     y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read_state(leak, a))
@@ -123,18 +124,14 @@ def wkv7_leaky(r, w, k, v, a, b, s0=None, leak=None, every=None):
 
 
 def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
-    """From what the recurrence returns to the output projection's input, (B,T,C) in r's dtype.
+    """time_mix from what its `scan` returns, y (B,T,C) -> (B,T,C) in r's dtype.
 
         out = (GroupNorm(y) + (sum over the head of r k r_k) v) g
-
-    GroupNorm is over each head's N channels of one token, with `weight`, `bias` and `eps`.
-    y, r, k, v, g: (B,T,C), floating point; r_k, weight, bias: C elements.
     """
     x = Projected(r, None, None, k, v, None, None, g)
     p = Parameters(None, None, None, None, None, r_k, weight, bias)
     _check("wkv7_output", y, head_size, x, p)
-    kind = _kind(y)
-    kernel = _kernel(y.device, kind)
+    kind, kernel = _choose(y)
     args = *_to(kind, y, r, k, v, g, half=kernel), *_to(kind, r_k, weight, bias)
     if kernel:
         out, = WKV7_OUTPUT(*args, numbers=(head_size,), eps=eps)
@@ -147,33 +144,26 @@ def read_state(s, q, y=None):
     """What a state that stays as it is gives every token: y_t + s q_t -> (B,T,H,N), in y's dtype, or where it
     is None in q's.
 
-    s: (B,H,N,N), value by key channels; q, y: (B,T,H,N), floating point. The leak of DW-JRT reads its seed
-    so. """
+    s: (B,H,N,N), value by key channels; q, y: (B,T,H,N), floating point. DW-JRT's leak reads its seed so."""
     B, _, H, N = q.shape
     if s.shape != (B, H, N, N) or y is not None and y.shape != q.shape:
         given = None if y is None else tuple(y.shape)
-        raise ValueError(f"read_state: s {tuple(s.shape)} and y {given} do not fit q, (B,T,H,N) = {tuple(q.shape)}")
-    kind, dtype = _kind(q), (q if y is None else y).dtype
-    kernel = N in HEAD_SIZES and _kernel(q.device, kind)
+        raise ValueError(f"read_state: s {tuple(s.shape)} and y {given} do not fit q, "
+                         f"(B,T,H,N) = {tuple(q.shape)}")
+    dtype = (q if y is None else y).dtype
+    kind, kernel = _choose(q)
+    kernel = kernel and N in HEAD_SIZES
     s, (q, y) = s.to(kind), _to(kind, q, y, half=kernel)
-    if kernel:
-        out, = READ_STATE(q, s, y)
-    else:
-        out = read_state_torch(s, q, y)               # a matrix product: autocast may have it
+    out = READ_STATE(q, s, y)[0] if kernel else read_state_torch(s, q, y)    # whose product autocast may have
     return out.to(dtype)
 
 
 def squared_relu(x):
     """relu(x)^2 -> like x, of any shape and floating dtype."""
-    kind = _kind(x)
-    kernel = _kernel(x.device, kind)
+    kind, kernel = _choose(x)
     z, = _to(kind, x, half=kernel)
     out = SQUARED_RELU(z)[0] if kernel else squared_relu_torch(z)
     return out.to(x.dtype)
-
-
-def _kind(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _to(kind, *args, half=False):
@@ -181,30 +171,27 @@ def _to(kind, *args, half=False):
     return [x if x is None or half and x.dtype == torch.bfloat16 else x.to(kind) for x in args]
 
 
-def _kernel(device, kind):
-    return backend(device.type, kind) == "cpp"
+def _choose(x):
+    """-> the dtype of the arithmetic, and whether the C++ kernels do it."""
+    kind = kind_of(x)
+    return kind, backend(x.device.type, kind) == "cpp"
 
 
 def _check(op, rows, head_size, x, p, valid=None, **states):
-    """The kernels trust every shape, so a wrong one must not get past here."""
-    shape, C = rows.shape, rows.shape[-1]
+    """ValueError for what the kernels must not get."""
+    (B, T, C), N = rows.shape, head_size
     if head_size not in HEAD_SIZES or C % head_size:
         raise ValueError(f"{op}: head size {head_size} is not supported for C = {C}: "
                          f"choose one of {', '.join(map(str, HEAD_SIZES))} that divides C")
-    for name, z in zip(x._fields, x):
-        if z is not None and z.shape != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(z.shape)}, expected (B,T,C) = {tuple(shape)}")
-    for name, z in zip(p._fields, p):
+    expect(op, "(B,T,C)", (B, T, C), **x._asdict())
+    expect(op, "(B,H,N,N)", (B, C // N, N, N), **states)
+    for name, z in p._asdict().items():
         if z is not None and z.numel() != C:
             raise ValueError(f"{op}: {name} has {z.numel()} elements, expected C = {C}")
     if len({z is None for z in (x.gate, x.v_first, p.v0)}) > 1:
         raise ValueError(f"{op}: gate, v_first and v0 go together: give all three or None three times")
-    if valid is not None and (valid.shape != shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"{op}: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {tuple(shape[:2])}")
-    state = (shape[0], C // head_size, head_size, head_size)
-    for name, z in states.items():
-        if z is not None and z.shape != state:
-            raise ValueError(f"{op}: {name} has shape {tuple(z.shape)}, expected (B,H,N,N) = {state}")
+    if valid is not None and (valid.shape != (B, T) or valid.dtype != torch.bool):
+        raise ValueError(f"{op}: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {(B, T)}")
 
 
 # ---- the kernels ----
@@ -235,8 +222,8 @@ class Wkv7Inputs(Kernel):
         return out[0], *inputs[1:], out[0], None, None, None, None
 
     def grads(self, inputs, numbers):
-        a0, sums = inputs[7], 5                                     # of w0, a0, k_k, k_a, v0
-        return [*like(inputs[1], *inputs[1:6]), a0.new_empty(sums, a0.numel())]
+        a0 = inputs[7]
+        return [*like(inputs[1], *inputs[1:6]), a0.new_empty(5, a0.numel())]    # 5: w0, a0, k_k, k_a, v0
 
     def differentiate(self, saved, dout, numbers, eps=0.0):
         *grads, sums = super().differentiate(saved, dout, numbers)
@@ -252,8 +239,8 @@ class Wkv7Output(Kernel):
         return like(inputs[1])
 
     def grads(self, inputs, numbers):
-        r_k, sums = inputs[5], 3                                    # of r_k, weight, bias
-        return [*like(*inputs[:5]), r_k.new_empty(sums, r_k.numel())]
+        r_k = inputs[5]
+        return [*like(*inputs[:5]), r_k.new_empty(3, r_k.numel())]              # 3: r_k, weight, bias
 
     def differentiate(self, saved, dout, numbers, eps=0.0):
         *grads, sums = super().differentiate(saved, dout, numbers, eps)
@@ -310,8 +297,8 @@ class Wkv7Mix(Kernel):
         valid, s0, leak = inputs[16:]
         N, every = numbers
         heads = lambda z: z.unflatten(-1, (-1, N))
-        rows = (*x[1:4], *(x[4:7] if x.gate is not None else [None] * 3))
-        (w, k, a, b, v), of_inputs = WKV7_INPUTS.compute((*rows, *p[:5], valid), (N,))
+        inputs = (x.w, x.a, x.k, *_value_residual(x), *p[:5], valid)
+        (w, k, a, b, v), of_inputs = WKV7_INPUTS.compute(inputs, (N,))
         r, v = x.r.float(), v if x.gate is not None else x.v.float()
         start, c = s0, None
         if leak is not None:
@@ -343,7 +330,7 @@ class Wkv7Mix(Kernel):
             dleak += other - ds0
             dleak = dleak if ds is None else dleak + ds
         dw, dk, dv, da, db = (z.flatten(2) for z in (dw, dk, dv, da, db))
-        dr = (dq.flatten(2) + dr).to(dr.dtype)          # in place it would take three times as long in bfloat16
+        dr = (dq.flatten(2) + dr).to(dr.dtype)      # in place it would take three times as long in bfloat16
         dk += dk_out
         dv += dv_out
         made = WKV7_INPUTS.differentiate(of_inputs, (dw, dk, da, db, dv), (N,))

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <vector>
 
-// A kernel takes numbers and buffers in the order in which the Python modules give them to `call`; a buffer that it
-// need neither read nor write is null, as are those that the list ends before. Its struct names them: members of
-// eight bytes, numbers before buffers.
+// A kernel takes numbers and buffers in the order in which the Python modules give them to `call`; a buffer
+// that it need neither read nor write is null, as are those that the list ends before. Its struct names them:
+// members of eight bytes, numbers before buffers.
 struct Call {
   const int64_t* numbers;
   double eps;
@@ -31,7 +31,7 @@ void biwkv(const Call&);
 struct Wkv7 {
   int64_t B, T, H, N, every, back;
   const float *r, *w, *k, *v, *a, *b, *s0, *c;
-  float *y, *s, *mid, *sa;                               // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
+  float *y, *s, *mid, *sa;  // mid (B,H,ceil(T/16),N,N) and sa (B,T,H,N): what backward needs
   const float *dy, *ds;                                  // from here on backward only
   float *dr, *dw, *dk, *dv, *da, *db, *ds0, *dc;
   constexpr int64_t states() const { return every ? T / every + 1 : 1; }
@@ -39,7 +39,8 @@ struct Wkv7 {
 
 constexpr int CHUNK = 16;   // tokens between two saved states; backward recomputes the states in between
 
-// The bidirectional WKV. w, u: (B,C), the rest (B,T,C). scale and inv hold e^scale * inv = 1 / denominator, which backward needs.
+// The bidirectional WKV. w, u: (B,C), the rest (B,T,C). scale and inv hold e^scale * inv = 1 / denominator,
+// which backward needs.
 struct BiWkv {
   int64_t B, T, C, back;
   const float *w, *u, *k, *v;
@@ -48,5 +49,6 @@ struct BiWkv {
   float *dw, *du, *dk, *dv;
 };
 
-constexpr float LOWEST = -1e30f;    // reference of an empty sum: finite, so that no difference of two references is inf - inf
+// reference of an empty sum: finite, so that no difference of two references is inf - inf
+constexpr float LOWEST = -1e30f;
 constexpr float SLACK = 16;

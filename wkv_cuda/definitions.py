@@ -46,7 +46,7 @@ def time_mix(x, p, eps, valid, head_size, scan):
 
     x: Projected; p: Parameters; eps: the group norm's; valid: (B,T) bool or None, False where a token is
     padding and leaves the state as it is. scan: the recurrence, such as wkv7_loop, of r, w, k, v, a, b, each
-    (B,T,H,N) -> y, state; None: return what it takes, (w, k, v, a, b), each (B,T,C). """
+    (B,T,H,N) -> y, state; None: return what it takes, (w, k, v, a, b), each (B,T,C)."""
     r, w, a, k, v, gate, v_first, g = x
     w0, a0, v0, k_k, k_a, r_k, weight, bias = (z if z is None else z.flatten() for z in p)
     heads = lambda z: z.unflatten(-1, (-1, head_size))
@@ -126,7 +126,7 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
 
     Inside a chunk, exp(W_t - W_i), W the summed log-decay, is split at the middle into exp(W_t - M) exp(M -
     W_i). Chunks are shorter where a strong decay would overflow that split: the result is exact for any w <=
-    0. """
+    0."""
     B, T, H, N = r.shape
     strongest = -float(w.detach().min()) if w.numel() else 0.0
     limit = 80 if r.dtype == torch.float32 else 700                 # exp(limit) still fits the dtype
@@ -200,7 +200,7 @@ def biwkv_torch(w, u, k, v):
 
     keys, terms = chunked(k, -torch.inf).unbind(-2), chunked(ones, 0.0).unbind(-2)
     m, sums = torch.full_like(keys[0], LOWEST), torch.zeros_like(terms[0])
-    inside = []                            # before each token of a chunk: the sums over the chunk's earlier tokens
+    inside = []                            # before each token of a chunk: sums over the chunk's earlier tokens
     for key, term in zip(keys, terms):
         inside.append((m, sums))
         m, sums = _merge(m, -w.unsqueeze(-2), sums, key, term)

@@ -13,6 +13,18 @@ def like(*tensors, dtype=None):
     return [none() if x is None else torch.empty_like(x, dtype=dtype, memory_format=dense) for x in tensors]
 
 
+def kind_of(x):
+    """What the kernels' arithmetic is in: float32, and plain torch's float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def expect(op, letters, shape, **tensors):
+    """ValueError for a tensor of another shape: the kernels trust every shape."""
+    for name, x in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {letters} = {tuple(shape)}")
+
+
 def wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -4,7 +4,7 @@ import torch
 
 from .definitions import CHUNK, HEAD_SIZES, wkv7_loop, wkv7_torch
 from .loader import backend
-from .operators import Kernel, like, wants_grad
+from .operators import Kernel, expect, kind_of, like, wants_grad
 
 
 def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
@@ -16,18 +16,15 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
     Returns y (B,T,H,N) in r's dtype and s in float32 (float64 for float64 inputs): the final state (B,H,N,N),
     or with `every=n` the states after 0, n, 2n, ... tokens, (B, T//n + 1, H,N,N). Everything returned is
     differentiable. On a GPU a bfloat16 r allows products in bfloat16; sums and states are in float32 always.
-    ValueError: N not in HEAD_SIZES, shapes that disagree, every < 1. """
+    ValueError: N not in HEAD_SIZES, shapes that disagree, every < 1."""
     B, _, H, N = r.shape
     if N not in HEAD_SIZES:
         raise ValueError(f"head size {N} is not supported: choose one of {', '.join(map(str, HEAD_SIZES))}")
-    for name, x in zip("wkvabc", (w, k, v, a, b, c)):
-        if x is not None and x.shape != r.shape:
-            raise ValueError(f"wkv7: {name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: give all the same (B,T,H,N)")
-    if s0 is not None and s0.shape != (B, H, N, N):
-        raise ValueError(f"wkv7: s0 has shape {tuple(s0.shape)}, expected (B,H,N,N) = {(B, H, N, N)}")
+    expect("wkv7", "r's (B,T,H,N)", r.shape, w=w, k=k, v=v, a=a, b=b, c=c)
+    expect("wkv7", "(B,H,N,N)", (B, H, N, N), s0=s0)
     if every is not None and every < 1:
         raise ValueError(f"wkv7: every={every} is not allowed: give a number of tokens >= 1, or None")
-    kind = torch.float64 if r.dtype == torch.float64 else torch.float32
+    kind = kind_of(r)
     impl = backend(r.device.type, kind)
 
     def converted(x):                      # the GPU kernel reads bfloat16 as it is
@@ -43,8 +40,8 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
 
 
 class Wkv7(Kernel):
-    """r, w, k, v, a, b, s0, c; numbers: every or 0, whether backward will follow, whether there is a c
-    -> y, s and, with backward to follow, the states at the start of each chunk and S a + c."""
+    """r, w, k, v, a, b, s0, c; numbers: every or 0, whether to save, whether there is a c -> y, s and what is
+    saved for backward: the states at the start of each chunk, and S a + c."""
     arity, visible, materialize = 8, 2, False
 
     def size(self, inputs, numbers):
