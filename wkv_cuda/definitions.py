@@ -200,7 +200,7 @@ def biwkv_torch(w, u, k, v):
 
     keys, terms = chunked(k, -torch.inf).unbind(-2), chunked(ones, 0.0).unbind(-2)
     m, sums = torch.full_like(keys[0], LOWEST), torch.zeros_like(terms[0])
-    inside = []                            # before each token of a chunk: sums over the chunk's earlier tokens
+    inside = []                            # before each token of a chunk: sums over its earlier tokens
     for key, term in zip(keys, terms):
         inside.append((m, sums))
         m, sums = _merge(m, -w.unsqueeze(-2), sums, key, term)
