@@ -164,7 +164,7 @@ def test_operator_registration(monkeypatch):
     monkeypatch.setenv("WKV_IMPL", "cpp")
     wkv_cuda.backend("cpu")
     x = [z.float().requires_grad_() for z in inputs(2, 18, 16, True).values()]
-    torch.library.opcheck(torch.ops.nanodir.biwkv, x, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(torch.ops.nanodir.biwkv, (x, (), 0.0), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
 @pytest.mark.parametrize("impl", ["cpp", "torch"])

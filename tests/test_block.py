@@ -120,7 +120,8 @@ def in_dtype(x, dtype):
 def test_the_fused_mix_is_the_three_steps(N, T, every, some, monkeypatch):
     """Outputs and every state of the one kernel against the definitions in float64."""
     calls = []
-    monkeypatch.setattr(wkv_cuda.block, "_wkv7_mix", lambda *a, f=wkv_cuda.block._wkv7_mix: calls.append(1) or f(*a))
+    kernel = wkv_cuda.block.WKV7_MIX
+    monkeypatch.setattr(kernel, "forward", lambda *a, f=kernel.forward: calls.append(1) or f(*a))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)         # fused where there is a head for every thread
     x = mix_case(2, T, N, 2 * N, some)
     with torch.no_grad():

@@ -111,15 +111,15 @@ def run_guarded():
     emulated()
     loader.KERNELS["cpu"], loader.build = "cuda", lambda name: ""
 
-    def call(kernel, numbers, tensors):
+    def call(kernel, numbers, tensors, eps):
+        tensors = [x if x is None else x.contiguous() for x in tensors]
         for end in (True, False):
             copies = [None if x is None or not x.numel() else guarded(x, end) for x in tensors]
             torch.ops.nanodir_cuda.run(kernel, (*numbers, 0), 0.0, [loader.NONE if x is None else x for x in copies])
         for x, copy in zip(tensors, copies):
             if copy is not None:
                 x.copy_(copy)
-    for f in ("wkv7", "biwkv"):
-        sys.modules[f"wkv_cuda.{f}"].call = call
+    wkv_cuda.operators.call = call
     for T, N, every, dtype in itertools.product((7, 33), (16, 64, 128), (None, 16), (torch.float32, torch.bfloat16)):
         test_wkv7.outputs_and_gradients(wkv7, test_wkv7.inputs(1, T, 1, N), every, dtype)
     test_biwkv.output_and_gradients(biwkv, test_biwkv.inputs(3, 21, 24), torch.float32)
@@ -246,9 +246,10 @@ def test_operator_registration(cuda):
     """With bfloat16 among the inputs, which the other kernels never see."""
     x = [(z.bfloat16() if i in (0, 3) else z.float()).requires_grad_() for i, z in enumerate(test_wkv7.inputs(1, 18, 2, 16).values())]
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.nanodir.wkv7, (*x, 6, True), test_utils=utils)
-    y, _, mid, sa = torch.ops.nanodir.wkv7(*x, 6, True)
-    torch.library.opcheck(torch.ops.nanodir.wkv7_backward, (*(z.detach() for z in x[:6]), mid, sa, 6, y, None, True, True), test_utils=utils)
+    torch.library.opcheck(torch.ops.nanodir.wkv7, (x, (6, 1, 1), 0.0), test_utils=utils)
+    y, _, mid, sa = torch.ops.nanodir.wkv7(x, (6, 1, 1), 0.0)
+    saved = [z.detach() for z in x[:7]] + [None], [None, None, mid, sa]
+    torch.library.opcheck(torch.ops.nanodir.wkv7_backward, (*saved, [y, None], (6, 1, 1), 0.0), test_utils=utils)
 
 
 def test_nvcc_compiles_the_kernels():
@@ -339,7 +340,9 @@ def tiny(**changes):
 @pytest.mark.parametrize("changes", [dict(dw_jrt=True), dict(mixer="biwkv"), dict(direction="bidirectional")])
 def test_a_network_trains_on_the_gpu_kernels(changes, cuda, monkeypatch):
     """Loss and gradients equal those of plain torch; the fused CPU parts of a block are not used."""
-    monkeypatch.setattr(wkv_cuda.block, "call", None)
+    for kernel in (wkv_cuda.block.SHIFT_MIX, wkv_cuda.block.WKV7_INPUTS, wkv_cuda.block.WKV7_OUTPUT, wkv_cuda.block.WKV7_MIX,
+                   wkv_cuda.block.READ_STATE, wkv_cuda.block.SQUARED_RELU):
+        monkeypatch.setattr(kernel, "forward", None)
     net, x = tiny(**changes), torch.randint(11, (2, 21))
     found = {}
     for impl in ("cuda", "torch"):

@@ -1,6 +1,6 @@
-// The kernels as one torch operator that writes into buffers of the caller, through torch's stable ABI: its headers compile in a
-// second, where torch/extension.h takes half a minute, and every further operator would take half a second.
-// Shapes, dtypes, fakes and gradients are the business of the Python side.
+// The kernels as one torch operator that writes into buffers of the caller, through torch's stable ABI: its
+// headers compile in a second, where torch/extension.h takes half a minute, and every further operator would
+// take half a second. Shapes, dtypes, fakes and gradients are the business of the Python side.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,9 +10,10 @@
 
 namespace {
 
-#ifdef DEVICE                                            // the .cu kernels, a library of its own for tensors on this device
+#ifdef DEVICE  // the .cu kernels, a library of its own for tensors on this device
 #define LIBRARY nanodir_cuda
-constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] = {{"wkv7", wkv7}, {"biwkv", biwkv}};
+constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] =
+    {{"wkv7", wkv7}, {"biwkv", biwkv}};
 #else
 #define LIBRARY nanodir_kernel
 #define DEVICE CPU
@@ -20,7 +21,8 @@ constexpr auto& KERNELS = CPU_KERNELS;
 #endif
 
 // An empty tensor stands for None.
-void run(std::string name, std::vector<int64_t> numbers, double eps, std::vector<torch::stable::Tensor> tensors) {
+void run(std::string name, std::vector<int64_t> numbers, double eps,
+         std::vector<torch::stable::Tensor> tensors) {
   Call call{numbers.data(), eps, {}, {}};
   for (const auto& x : tensors) {
     call.buffers.push_back(x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr);
@@ -37,5 +39,7 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, m) { m.def("run(str name, int[] numbers, float eps, Tensor(a!)[] tensors) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, m) {
+  m.def("run(str name, int[] numbers, float eps, Tensor(a!)[] tensors) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, DEVICE, m) { m.impl("run", TORCH_BOX(&run)); }

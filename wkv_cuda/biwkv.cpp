@@ -1,9 +1,11 @@
 // Bidirectional WKV on the CPU: forward and backward in O(T), float32, any T and C, any keys.
 //
-//   y_t = sum_i e^{l(t,i)} v_i / sum_i e^{l(t,i)},   l(t,i) = k_i - (|t-i|-1) w for i != t, and u + k_t for i = t
+//   y_t = sum_i e^{l(t,i)} v_i / sum_i e^{l(t,i)},
+//   l(t,i) = k_i - (|t-i|-1) w for i != t, and u + k_t for i = t
 //
-// Channels never mix, so each task takes 16 of them in the lanes of a vector and walks the time axis twice, once from each end.
-// Sums of exponentials are kept as (reference, sum times e^-reference); the reference follows the largest exponent.
+// Channels never mix, so each task takes 16 of them in the lanes of a vector and walks the time axis twice,
+// once from each end. Sums of exponentials are kept as (reference, sum times e^-reference); the reference
+// follows the largest exponent.
 #include "kernels.h"
 
 namespace {
@@ -16,13 +18,14 @@ V load(const float* p, int64_t n) {                      // the first n lanes; C
 }
 void store(float* p, V x, int64_t n) { n >= W ? ::store(p, x) : void(std::memcpy(p, &x, 4 * n)); }
 
-// The reference of a scan, hi + lo. Over a thousand tokens the rounding errors of hi - w, all alike, would add up to 1e-3: lo
-// keeps them. The reference moves up only for an exponent that exceeds it by SLACK: until then the sums stay as they are, where
-// multiplying them by nearly 1 for each token would add up rounding errors again.
+// The reference of a scan, hi + lo. Over a thousand tokens the rounding errors of hi - w, all alike, would
+// add up to 1e-3: lo keeps them. The reference moves up only for an exponent that exceeds it by SLACK: until
+// then the sums stay as they are, where multiplying them by nearly 1 for each token would add up rounding
+// errors again.
 struct Top {
   V hi = V{} + LOWEST, lo = {};
   struct Weights { V keep, add; };                       // of the sums so far and of the new term
-  Weights push(V w, V x) {                               // one token on: everything decays, then a term with exponent x enters
+  Weights push(V w, V x) {  // one token on: everything decays, then a term with exponent x enters
     V sunk = hi - w, zero = {}, one = zero + 1.f;
     lo += (hi - sunk) - w;
     V d = (sunk - x) + lo, e = vexp(d < -SLACK ? d : -d);
@@ -71,8 +74,10 @@ void forward(const BiWkv& p, int64_t at, int64_t row, int64_t n) {
 }
 
 // With g_t = dy_t / den_t and e(t,i) = e^{l(t,i) - top_t}:
-//   dv_i = sum_t e(t,i) g_t      dk_i = sum_t e(t,i) g_t (v_i - y_t)      dw = sum_{t,i != t} -(|t-i|-1) e(t,i) g_t (v_i - y_t)
-// so a walk carries the sums over the t behind it of g_t and g_t y_t, and both once more weighted with |t-i|-1.
+//   dv_i = sum_t e(t,i) g_t      dk_i = sum_t e(t,i) g_t (v_i - y_t)
+//   dw = sum_{t,i != t} -(|t-i|-1) e(t,i) g_t (v_i - y_t)
+// so a walk carries the sums over the t behind it of g_t and g_t y_t, and both once more weighted with
+// |t-i|-1.
 struct GradSums {
   Top top;
   V g = {}, gy = {}, far_g = {}, far_gy = {};
@@ -92,7 +97,8 @@ void backward(const BiWkv& p, int64_t at, int64_t row, int64_t n) {
     for (int64_t j = 0; j < p.T; ++j) {
       const int64_t o = at + (first ? j : p.T - 1 - j) * p.C;
       V k = load(p.k + o, n), v = load(p.v + o, n), y = load(p.y + o, n), scale = load(p.scale + o, n);
-      V g = load(p.dy + o, n) * load(p.inv + o, n), e = vexp((k + s.top.hi) + s.top.lo), dv = e * s.g, dk = v * dv - e * s.gy;
+      V g = load(p.dy + o, n) * load(p.inv + o, n), e = vexp((k + s.top.hi) + s.top.lo);
+      V dv = e * s.g, dk = v * dv - e * s.gy;
       dw -= e * (v * s.far_g - s.far_gy);
       if (first) {
         V own = vexp((u + k) + scale) * g, d = own * (v - y);

@@ -1,5 +1,6 @@
-// The memory-bound elementwise parts of a block on the CPU, each one pass over its rows forward and one backward: token shift,
-// what goes into the recurrence and what comes out of it, squared ReLU. The formulas are in block.py.
+// The memory-bound elementwise parts of a block on the CPU, each one pass over its rows forward and one
+// backward: token shift, what goes into the recurrence and what comes out of it, squared ReLU. The formulas
+// are in definitions.py.
 #include <cmath>
 #include "scan.h"
 
@@ -7,36 +8,41 @@ namespace {
 
 // A row is a token: C contiguous floats, C a multiple of W; d... is read and written by backward only.
 struct ShiftMix {
-  int64_t B, T, C, n, reach, back;                       // reach: 0 = all channels from the token before, else 2 reach groups
+  int64_t B, T, C, n, reach, back;  // reach: 0 = all channels from the token before, else 2 reach groups
   const float *x, *last, *mix;                           // last may be null; mix (n,C)
-  float *dx, *dlast, *dmix, *const *outs;                // n outputs, or their gradients
+  float* const* outs;                                    // n outputs, or their gradients
+  float *dx, *dlast, *dmix;
 
   static ShiftMix of(const Call& call) {
     auto p = call.as<ShiftMix>(6);
-    p.outs = call.buffers.data() + 6;
+    p.outs = call.buffers.data() + (p.back ? 3 + p.n : 3);
+    if (p.back) p.dx = p.outs[p.n], p.dlast = p.outs[p.n + 1], p.dmix = p.outs[p.n + 2];
     return p;
   }
 };
 
 struct Wkv7Inputs {
-  int64_t rows, C, N, back;
-  const float *w, *a, *k, *v, *gate, *v_first, *w0, *a0, *v0, *k_k, *k_a;      // v, gate, v_first, v0 may be null together
+  int64_t B, T, C, N, back;
+  // v, gate, v_first, v0 may be null together
+  const float *w, *a, *k, *v, *gate, *v_first, *w0, *a0, *v0, *k_k, *k_a;
   const bool* valid;                                     // a flag a row, or null
   float *w_out, *k_out, *a_out, *b_out, *v_out;          // backward reads w_out, but not w and w0
   const float *dw_out, *dk_out, *da_out, *db_out, *dv_out;
-  float *dw, *da, *dk, *sums, *dv, *dgate, *dv_first;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
+  float *dw, *da, *dk, *dv, *dgate, *dv_first, *sums;    // sums (4 or 5,C): d of w0, a0, k_k, k_a and v0
 
-  static Wkv7Inputs of(const Call& call) { return call.as<Wkv7Inputs>(4); }
+  static Wkv7Inputs of(const Call& call) { return call.as<Wkv7Inputs>(5); }
 };
 
 struct Wkv7Output {
-  int64_t rows, C, N, back;
-  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias, *dout;
-  float *out, *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
+  int64_t B, T, C, N, back;
+  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias;
+  float* out;
+  const float* dout;
+  float *dy, *dr, *dk, *dv, *dg, *sums;                  // sums (3,C): d of r_k, weight, bias
   double eps;
 
   static Wkv7Output of(const Call& call) {
-    auto p = call.as<Wkv7Output>(4);
+    auto p = call.as<Wkv7Output>(5);
     p.eps = call.eps;
     return p;
   }
@@ -44,26 +50,31 @@ struct Wkv7Output {
 
 struct ReadState {
   int64_t B, T, H, N, back;
-  const float *q, *y, *dout, *s;                         // (B,T,H,N), y may be null; s (B,H,N,N)
-  float *out, *dq, *ds;
+  const float *q, *s, *y;                                // (B,T,H,N), y may be null; s (B,H,N,N)
+  float* out;
+  const float* dout;
+  float *dq, *ds;
 
   static ReadState of(const Call& call) { return call.as<ReadState>(5); }
 };
 
 struct SquaredReLU {
-  int64_t n;
-  const float *x, *dy;                                   // dy null: forward
+  int64_t n, back;
+  const float* x;
   float* y;
+  const float* dy;
+  float* dx;
 
-  static SquaredReLU of(const Call& call) { return call.as<SquaredReLU>(1); }
+  static SquaredReLU of(const Call& call) { return call.as<SquaredReLU>(2); }
 };
 
-// A kernel's rows, and those of its buffers that may hold bfloat16: (rows,C), from the index `written` on outputs.
+// A kernel's rows, and those of its buffers that may hold bfloat16: (rows,C), from the index `written` on
+// outputs.
 struct Rows {
   const Call& call;
   int64_t rows, C;
   size_t written;
-  int64_t beyond = 0;                                    // rows that are read before the first and after the last one of a range
+  int64_t beyond = 0;  // rows that are read before the first and after the last one of a range
 };
 
 void widen(const uint16_t* from, int64_t n, float* to) {
@@ -77,33 +88,39 @@ void narrow(const float* from, int64_t n, uint16_t* to) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t x;
     std::memcpy(&x, from + i, 4);
-    const uint32_t nearest = (x + 0x7FFF + (x >> 16 & 1)) >> 16;                 // ties to even; NaN could become infinite
+    const uint32_t nearest = (x + 0x7FFF + (x >> 16 & 1)) >> 16;  // ties to even; NaN could become infinite
     to[i] = (x & 0x7FFFFFFF) > 0x7F800000 ? x >> 16 | 0x40 : nearest;
   }
 }
 
-// f(call, lo, hi) for rows lo..hi, with nothing but float32 in that call: bfloat16 goes through copies of a few rows at a time,
-// which stay in the cache, so there is one f for both. Where all is float32, f gets the whole range.
-void in_float32(const Rows& r, int64_t lo, int64_t hi, const std::function<void(const Call&, int64_t, int64_t)>& f) {
+// f(call, lo, hi) for rows lo..hi, with nothing but float32 in that call: bfloat16 goes through copies of a
+// few rows at a time, which stay in the cache, so there is one f for both. Where all is float32, f gets the
+// whole range.
+void in_float32(const Rows& r, int64_t lo, int64_t hi,
+    const std::function<void(const Call&, int64_t, int64_t)>& f) {
   const std::vector<bool>& half = r.call.half;
   const int64_t halves = std::count(half.begin(), half.end(), true);
   const int64_t few = halves ? std::max<int64_t>(1, 512 / r.C) : hi - lo;
-  const int64_t size = ((few + 2 * r.beyond) * r.C + W - 1) / W + 3;                 // 3: so that copies share no sets of the cache
+  // 3: so that copies share no sets of the cache
+  const int64_t size = ((few + 2 * r.beyond) * r.C + W - 1) / W + 3;
   std::vector<V> space(halves * size);                   // of vectors, for their alignment
   Call call = r.call;
   for (int64_t start = lo; start < hi; start += few) {
-    const int64_t end = std::min(start + few, hi), o = start * r.C, first = std::max<int64_t>(0, start - r.beyond) * r.C;
+    const int64_t end = std::min(start + few, hi), o = start * r.C;
+    const int64_t first = std::max<int64_t>(0, start - r.beyond) * r.C;
     V* copy = space.data();
     for (size_t i = 0; i < half.size(); ++i) {
       if (!half[i]) continue;
       float* at = reinterpret_cast<float*>(copy);
-      if (i < r.written) widen(reinterpret_cast<const uint16_t*>(r.call.buffers[i]) + first, std::min(end + r.beyond, r.rows) * r.C - first, at);
+      const int64_t size_read = std::min(end + r.beyond, r.rows) * r.C - first;
+      if (i < r.written) widen(reinterpret_cast<const uint16_t*>(r.call.buffers[i]) + first, size_read, at);
       call.buffers[i] = at - first;                          // where row 0 would be
       copy += size;
     }
     f(call, start, end);
     for (size_t i = r.written; i < half.size(); ++i)
-      if (half[i]) narrow(call.buffers[i] + o, end * r.C - o, reinterpret_cast<uint16_t*>(r.call.buffers[i]) + o);
+      if (half[i])
+        narrow(call.buffers[i] + o, end * r.C - o, reinterpret_cast<uint16_t*>(r.call.buffers[i]) + o);
   }
 }
 
@@ -115,15 +132,18 @@ void over_rows(const Rows& r, void f(const P&, int64_t, int64_t)) {
   });
 }
 
-// Backward: f(p, lo, hi, part) for ranges of rows whose number depends on `rows` alone. Each adds its share of the parameters' gradients
-// to `part`, zeros at first; the shares are added up in order, so the result does not depend on the number of threads.
+// Backward: f(p, lo, hi, part) for ranges of rows whose number depends on `rows` alone. Each adds its share
+// of the parameters' gradients to `part`, zeros at first; the shares are added up in order, so the result
+// does not depend on the number of threads.
 template <class P>
 void with_sums(const Rows& r, int64_t width, float* sums, void f(const P&, int64_t, int64_t, float*)) {
   const int64_t rows = r.rows, pieces = std::max<int64_t>(16, rows / 512);
   std::vector<float> parts(pieces * width);
-  parallel_for(pieces, std::max<int64_t>(1, pieces * 8192 / std::max<int64_t>(1, rows * r.C)), [&](int64_t lo, int64_t hi) {
+  const int64_t grain = std::max<int64_t>(1, pieces * 8192 / std::max<int64_t>(1, rows * r.C));
+  parallel_for(pieces, grain, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i)
-      in_float32(r, rows * i / pieces, rows * (i + 1) / pieces, [&](const Call& call, int64_t from, int64_t to) {
+      in_float32(r, rows * i / pieces, rows * (i + 1) / pieces,
+          [&](const Call& call, int64_t from, int64_t to) {
         f(P::of(call), from, to, &parts[i * width]);
       });
   });
@@ -140,10 +160,11 @@ struct Sigmoid { V s, d; };                              // value and derivative
 
 inline Sigmoid sigmoid(V x) {
   V e = vexp(x < 0.f ? x : -x), r = 1.f / (1.f + e), s = x < 0.f ? e * r : r;
-  return {x == x ? s : x, e * r * r};                    // vexp drops NaN: a diverged run must not look healthy
+  return {x == x ? s : x, e * r * r};  // vexp drops NaN: a diverged run must not look healthy
 }
 
-// How far from its own the token is that channel c is mixed with: -1, or by groups of channels -reach..-1, 1..reach.
+// How far from its own the token is that channel c is mixed with: -1, or by groups of channels -reach..-1,
+// 1..reach.
 inline int64_t offset(const ShiftMix& p, int64_t c) {
   if (!p.reach) return -1;
   const int64_t group = c * 2 * p.reach / p.C;
@@ -162,12 +183,13 @@ void shift_mix_forward(const ShiftMix& p, int64_t lo, int64_t hi) {
     for (int64_t c = 0; c < p.C; c += W) {
       const float* other = neighbour(p, row, c, offset(p, c));
       V now = load(p.x + row * p.C + c), change = (other ? load(other) : V{}) - now;
-      for (int64_t i = 0; i < p.n; ++i) store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
+      for (int64_t i = 0; i < p.n; ++i)
+        store(p.outs[i] + row * p.C + c, now + change * load(p.mix + i * p.C + c));
     }
 }
 
-// Upwards, as the processor prefetches best. Where all channels come from the row before, a row adds what it sends back,
-// sum_i mix_i g_i, to that row's dx; otherwise it fetches what was sent to it.
+// Upwards, as the processor prefetches best. Where all channels come from the row before, a row adds what it
+// sends back, sum_i mix_i g_i, to that row's dx; otherwise it fetches what was sent to it.
 void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) {
   auto sent = [&](int64_t row, int64_t c) {
     V sum = {};
@@ -188,7 +210,8 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
       }
       if (p.reach) {
         store(p.dx + o + c, from >= 0 && from < p.T ? dx + sent(row - d, c) : dx);
-        if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, d < 0 && -1 - d < p.T ? sent(row - 1 - d, c) : V{});
+        if (t == 0 && p.dlast)
+          store(p.dlast + b * p.C + c, d < 0 && -1 - d < p.T ? sent(row - 1 - d, c) : V{});
         continue;
       }
       store(p.dx + o + c, dx);
@@ -196,7 +219,8 @@ void shift_mix_backward(const ShiftMix& p, int64_t lo, int64_t hi, float* dmix) 
       else if (t == 0 && p.dlast) store(p.dlast + b * p.C + c, dother);
     }
   }
-  for (int64_t c = 0; !p.reach && hi > lo && hi % p.T && c < p.C; c += W)        // the row after the last one is another range's
+  // the row after the last one is another range's
+  for (int64_t c = 0; !p.reach && hi > lo && hi % p.T && c < p.C; c += W)
     add(p.dx + (hi - 1) * p.C + c, sent(hi, c));
 }
 
@@ -218,13 +242,15 @@ void inputs_forward(const Wkv7Inputs& p, int64_t lo, int64_t hi) {
         square += kk[g] * kk[g];
         if (p.gate) {
           V v = load(p.v + o + c);
-          store(p.v_out + o + c, v + (load(p.v_first + o + c) - v) * sigmoid(load(p.v0 + c) + load(p.gate + o + c)).s);
+          V gate = sigmoid(load(p.v0 + c) + load(p.gate + o + c)).s;
+          store(p.v_out + o + c, v + (load(p.v_first + o + c) - v) * gate);
         }
       }
       const float scale = 1.f / std::max(std::sqrt(total(square)[0]), TINY);
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
-        V w = sigmoid(load(p.w0 + c) + load(p.w + o + c)).s * STRONGEST, iclr = sigmoid(load(p.a0 + c) + load(p.a + o + c)).s;
+        V w = sigmoid(load(p.w0 + c) + load(p.w + o + c)).s * STRONGEST;
+        V iclr = sigmoid(load(p.a0 + c) + load(p.a + o + c)).s;
         V out = k[g] * (1.f + (iclr - 1.f) * load(p.k_a + c)), unit = kk[g] * scale;
         store(p.w_out + o + c, pad ? V{} : w);
         store(p.k_out + o + c, pad ? V{} : out);
@@ -261,10 +287,12 @@ void inputs_backward(const Wkv7Inputs& p, int64_t lo, int64_t hi, float* sums) {
         along += kk[g] * (load(p.db_out + o + c) * iclr[g].s - load(p.da_out + o + c));
       }
       const float norm = std::sqrt(total(square)[0]), scale = 1.f / std::max(norm, TINY);
-      const float back = norm > TINY ? total(along)[0] * scale * scale : 0.f;    // the length does not matter above eps
+      // the length does not matter above eps
+      const float back = norm > TINY ? total(along)[0] * scale * scale : 0.f;
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
-        V k_a = load(p.k_a + c), less = iclr[g].s - 1.f, dk = load(p.dk_out + o + c), db = load(p.db_out + o + c);
+        V k_a = load(p.k_a + c), less = iclr[g].s - 1.f, dk = load(p.dk_out + o + c);
+        V db = load(p.db_out + o + c);
         V dkk = (db * iclr[g].s - load(p.da_out + o + c) - kk[g] * back) * scale;
         V w = load(p.w_out + o + c), dw = load(p.dw_out + o + c) * w * (1.f - w * (1.f / STRONGEST));
         V da = (db * kk[g] * scale + dk * k[g] * k_a) * iclr[g].d;
@@ -326,7 +354,8 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
       V dy[MOST], mean = {}, along = {}, dbonus = {};
       for (int g = 0; g < G; ++g) {
         const int64_t c = h + g * W;
-        V v = load(p.v + o + c), weight = load(p.weight + c), dout = load(p.dout + o + c), dz = dout * load(p.g + o + c);
+        V v = load(p.v + o + c), weight = load(p.weight + c), dout = load(p.dout + o + c);
+        V dz = dout * load(p.g + o + c);
         store(p.dg + o + c, dout * (head.y[g] * weight + load(p.bias + c) + head.bonus * v));
         store(p.dv + o + c, dz * head.bonus);
         dbonus += dz * v;
@@ -350,11 +379,11 @@ void output_backward(const Wkv7Output& p, int64_t lo, int64_t hi, float* sums) {
     }
 }
 
-// The whole time mix between the projections, forward only: a head's tokens a few at a time through inputs_forward, the scan and
-// output_forward, so that what lies between them never leaves the cache.
+// The whole time mix between the projections, forward only: a head's tokens a few at a time through
+// inputs_forward, the scan and output_forward, so that what lies between them never leaves the cache.
 struct Wkv7Mix {
   int64_t B, T, H, N, every;
-  const float* rows[8];                                  // r, w, a, k, v, gate, v_first, g: (B,T,C), float32 or bfloat16
+  const float* rows[8];  // r, w, a, k, v, gate, v_first, g: (B,T,C), float32 or bfloat16
   const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *weight, *bias;
   const bool* valid;
   const float* s0;
@@ -379,12 +408,16 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
         else std::memcpy(in[i][t], p.rows[i] + o, sizeof in[i][t]);
       }
     const float* gate = p.rows[GATE] ? *in[GATE] : nullptr;
-    Wkv7Inputs q{len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST], p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr,
-                 p.k_k + c, p.k_a + c, p.valid ? p.valid + bi * p.T + t0 : nullptr, *made[0], *made[1], *made[2], *made[3], *made[4]};
+    Wkv7Inputs q{1, len, N, N, 0, *in[LOGDECAY], *in[A], *in[K], *in[VALUE], gate, *in[FIRST],
+                 p.w0 + c, p.a0 + c, gate ? p.v0 + c : nullptr, p.k_k + c, p.k_a + c,
+                 p.valid ? p.valid + bi * p.T + t0 : nullptr,
+                 *made[0], *made[1], *made[2], *made[3], *made[4]};
     inputs_forward(q, 0, len);
     Wkv7 z{};
-    z.r = *in[R]; z.w = *made[0]; z.k = *made[1]; z.v = gate ? *made[4] : *in[VALUE]; z.a = *made[2]; z.b = *made[3]; z.y = *made[5];
-    const int64_t ahead = (bi * p.T + t0 + M) * C + c;   // what is copied next is fetched while the scan computes
+    z.r = *in[R]; z.w = *made[0]; z.k = *made[1]; z.v = gate ? *made[4] : *in[VALUE];
+    z.a = *made[2]; z.b = *made[3]; z.y = *made[5];
+    // what is copied next is fetched while the scan computes
+    const int64_t ahead = (bi * p.T + t0 + M) * C + c;
     for (Scan<N>& scan : scans)
       scan.run(z, 0, N, 0, len, [&](int64_t t) {
         for (int i = 0; i < 8; ++i)
@@ -392,7 +425,8 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
             __builtin_prefetch(reinterpret_cast<const char*>(p.rows[i]) + (ahead + t * C) * size + byte);
         if (p.every && (t0 + t) % p.every == 0) put(scan, (t0 + t) / p.every);
       });
-    Wkv7Output u{len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c, nullptr, *made[6]};
+    Wkv7Output u{1, len, N, N, 0, z.y, z.r, z.k, z.v, *in[OUTPUT], p.r_k + c, p.weight + c, p.bias + c,
+                 *made[6]};
     u.eps = call.eps;
     output_forward(u, 0, len);
     for (int64_t t = 0; t < len; ++t) {
@@ -407,7 +441,8 @@ void mix(const Wkv7Mix& p, const Call& call, int64_t bh) {
 
 // c[m][n] (+)= sum over k < K of a[m am + k ak] b[k bk + n], for m < M and n < G W: sums stay in registers.
 template <int M, int G>
-inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
+inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c,
+                 int64_t cm, bool more) {
   V sum[M][G] = {};
   for (int64_t k = 0; k < K; ++k) {
     V x[G];
@@ -416,12 +451,17 @@ inline void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float*
       for (int g = 0; g < G; ++g) sum[m][g] += x[g] * a[m * am + k * ak];
   }
   for (int m = 0; m < M; ++m)
-    for (int g = 0; g < G; ++g) store(c + m * cm + g * W, more ? load(c + m * cm + g * W) + sum[m][g] : sum[m][g]);
+    for (int g = 0; g < G; ++g) {
+      float* to = c + m * cm + g * W;
+      store(to, more ? load(to) + sum[m][g] : sum[m][g]);
+    }
 }
 
 // The same for any M and for n < N.
-void product(int64_t N, int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t cm, bool more) {
-  constexpr int G = std::min(2, 16 / W), R = REGISTERS / 2 / G;      // half of the registers hold sums; every N is a multiple of 16
+void product(int64_t N, int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b,
+    int64_t bk, float* c, int64_t cm, bool more) {
+  // half of the registers hold sums; every N is a multiple of 16
+  constexpr int G = std::min(2, 16 / W), R = REGISTERS / 2 / G;
   for (int64_t n = 0; n < N; n += G * W) {
     int64_t m = 0;
     for (; m + R <= M; m += R) tile<R, G>(K, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, more);
@@ -460,11 +500,12 @@ void read_backward(const ReadState& p, int64_t lo, int64_t hi) {
     }
 }
 
-// y = relu(x)^2, or with dy given y = its gradient, 2 relu(x) dy.
+// y = relu(x)^2, or dx = 2 relu(x) dy.
 void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
+  float* to = p.back ? p.dx : p.y;
   for (int64_t i = lo; i < hi; ++i) {
     const float z = p.x[i] < 0.f ? 0.f : p.x[i];         // written so that NaN stays NaN
-    p.y[i] = z * (p.dy ? 2.f * p.dy[i] : z);
+    to[i] = z * (p.back ? 2.f * p.dy[i] : z);
   }
 }
 
@@ -472,21 +513,21 @@ void squares(const SquaredReLU& p, int64_t lo, int64_t hi) {
 
 void shift_mix(const Call& call) {
   const auto p = ShiftMix::of(call);
-  const Rows r{call, p.B * p.T, p.C, p.back ? call.buffers.size() : 6, std::max<int64_t>(1, p.reach)};
+  const Rows r{call, p.B * p.T, p.C, p.back ? size_t(3 + 2 * p.n) : 3, std::max<int64_t>(1, p.reach)};
   if (!p.back) return over_rows(r, shift_mix_forward);
   with_sums(r, p.n * p.C, p.dmix, shift_mix_backward);
 }
 
 void wkv7_inputs(const Call& call) {
   const auto p = Wkv7Inputs::of(call);
-  const Rows r{call, p.rows, p.C, 12};
+  const Rows r{call, p.B * p.T, p.C, 12};
   if (!p.back) return over_rows(r, inputs_forward);
   with_sums(r, (p.gate ? 5 : 4) * p.C, p.sums, inputs_backward);
 }
 
 void wkv7_output(const Call& call) {
   const auto p = Wkv7Output::of(call);
-  const Rows r{call, p.rows, p.C, 9};
+  const Rows r{call, p.B * p.T, p.C, p.back ? 10u : 8u};
   if (!p.back) return over_rows(r, output_forward);
   with_sums(r, 3 * p.C, p.sums, output_backward);
 }
@@ -494,7 +535,9 @@ void wkv7_output(const Call& call) {
 void wkv7_mix(const Call& call) {
   const auto p = call.as<Wkv7Mix>(5);
   const auto one = p.N == 16 ? mix<16> : p.N == 32 ? mix<32> : p.N == 64 ? mix<64> : mix<128>;
-  parallel_for(p.B * p.H, 1, [&](int64_t lo, int64_t hi) { for (int64_t i = lo; i < hi; ++i) one(p, call, i); });
+  parallel_for(p.B * p.H, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) one(p, call, i);
+  });
 }
 
 void read_state(const Call& call) {
@@ -503,16 +546,19 @@ void read_state(const Call& call) {
   parallel_for(p.B, 1, [&](int64_t lo, int64_t hi) {                 // a state's gradient is one thread's
     if (p.back) std::fill(p.ds + lo * p.H * p.N * p.N, p.ds + hi * p.H * p.N * p.N, 0.f);
     for (int64_t row = lo; row < hi; ++row)
-      in_float32({call, p.B * p.T, p.H * p.N, 4}, row * p.T, (row + 1) * p.T,
+      in_float32({call, p.B * p.T, p.H * p.N, p.back ? 5u : 3u}, row * p.T, (row + 1) * p.T,
                  [&](const Call& c, int64_t from, int64_t to) { f(ReadState::of(c), from, to); });
   });
 }
 
-void squared_relu(const Call& call) { over_rows({call, call.numbers[0], 1, 2}, squares); }
+void squared_relu(const Call& call) {
+  const auto p = SquaredReLU::of(call);
+  over_rows({call, p.n, 1, p.back ? 3u : 1u}, squares);
+}
 
-// What bench.py holds the other kernels against: x = x a + b on registers alone, in each of `numbers[0]` pieces numbers[1] times over 3/4 of the
-// registers. The buffer has 16 floats a piece, of which the first
-// W get the sums.
+// What bench.py holds the other kernels against: x = x a + b on registers alone, in each of `numbers[0]`
+// pieces numbers[1] times over 3/4 of the registers. The buffer has 16 floats a piece, of which the first W
+// get the sums.
 void peak(const Call& call) {
   parallel_for(call.numbers[0], 1, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) {

@@ -1,5 +1,6 @@
-// What the CPU kernels share. They know nothing of torch, whose headers take longer to compile than they do: bindings.cpp hands
-// them plain pointers to contiguous float32 buffers, all allocated by the caller. Only block.cpp takes bfloat16 ones, too.
+// What the CPU kernels share. They know nothing of torch, whose headers take longer to compile than they do:
+// bindings.cpp hands them plain pointers to contiguous float32 buffers, all allocated by the caller. Only
+// block.cpp takes bfloat16 ones, too.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -10,8 +11,9 @@
 // Calls f(lo, hi) on torch's threads for pieces of 0..n of at least `grain`.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
-// One source for every processor: W floats fill one vector register of the target, and loops keep as many vectors at hand as it has
-// registers for. GCC takes wider vectors apart lane by lane. -DWIDTH=4 (or 8) builds a narrower one, to test it where it is not native.
+// One source for every processor: W floats fill one vector register of the target, and loops keep as many
+// vectors at hand as it has registers for. GCC takes wider vectors apart lane by lane. -DWIDTH=4 (or 8)
+// builds a narrower one, to test it where it is not native.
 #ifndef WIDTH
 #if defined(__AVX512F__)
 #define WIDTH 16
@@ -74,7 +76,8 @@ inline V groups(V x, V y) {
   return shuffle(x, y, [](int i) { return (i / h % 2 ? W + i - h : i) + odd; }, LANES);
 }
 
-// Adds up the lanes of W vectors at once: lane q of the result is the sum over x[q], at a third of the cost of W separate sums.
+// Adds up the lanes of W vectors at once: lane q of the result is the sum over x[q], at a third of the cost
+// of W separate sums.
 template <int h = 1>
 inline V lane_sums(V* x) {
   if constexpr (h == W) {
@@ -123,5 +126,6 @@ void squared_relu(const Call&);
 void peak(const Call&);
 
 constexpr struct { const char* name; void (*kernel)(const Call&); } CPU_KERNELS[] = {
-    {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix}, {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
+    {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix},
+    {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
     {"wkv7_mix", wkv7_mix}, {"read_state", read_state}, {"squared_relu", squared_relu}, {"peak", peak}};

@@ -1,18 +1,20 @@
-// RWKV-7 recurrence forward on the CPU, float32, any T, N in {16, 32, 64, 128}: for the recurrence alone and for the whole time mix.
+// RWKV-7 recurrence forward on the CPU, float32, any T, N in {16, 32, 64, 128}: for the recurrence alone and
+// for the whole time mix.
 //
 //   sa_t = S_{t-1} a_t + c_t
 //   S_t  = S_{t-1} diag(exp w_t) + sa_t b_t^T + v_t k_t^T        y_t = S_t r_t
 //
-// Row i of S (a value channel) never mixes with another row, so rows are what is shared out among vector lanes
-// (forward) and cache-sized groups (backward).
+// Row i of S (a value channel) never mixes with another row, so rows are what is shared out among vector
+// lanes (forward) and cache-sized groups (backward).
 #pragma once
 #include "kernels.h"
 
-// Some rows of one head's state, 64 at most, walking along the tokens, as many rows at a time as registers hold: lanes run over
-// value channels i, the inner loop over key channels j, so there are no horizontal sums.
+// Some rows of one head's state, 64 at most, walking along the tokens, as many rows at a time as registers
+// hold: lanes run over value channels i, the inner loop over key channels j, so there are no horizontal sums.
 template <int N>
 struct Scan {
-  static constexpr int L = std::min(N, 64), G = std::min(REGISTERS / 8, L / W), U = std::max(1, 2 / G);   // U hides the latency of the adds
+  // U hides the latency of the adds
+  static constexpr int L = std::min(N, 64), G = std::min(REGISTERS / 8, L / W), U = std::max(1, 2 / G);
   static constexpr int ROWS = G * W;
   alignas(64) float S[L / ROWS][N][ROWS];
   const int64_t i0;                                      // the first of the rows
@@ -27,7 +29,8 @@ struct Scan {
       for (int j = 0; j < N; j += W) transpose(&S[i / ROWS][j][i % ROWS], ROWS, to + (i0 + i) * N + j, N);
   }
 
-  // Tokens t..end of the head whose token 0 lies at `base`, step floats apart; before(t) is called in front of each.
+  // Tokens t..end of the head whose token 0 lies at `base`, step floats apart; before(t) is called in front
+  // of each.
   template <class F>
   void run(const Wkv7& p, int64_t base, int64_t step, int64_t t, int64_t end, F before) {
     alignas(64) float ew[N], zero[N] = {}, sa[L];        // sa: S a of the token to come
@@ -45,9 +48,10 @@ struct Scan {
     }
   }
 
-  // One token for the rows i..i+ROWS: updates S, reads y and prepares the next S a in one pass. Not inlined: GCC would keep the
-  // constants of vexp in registers that this loop needs.
-  __attribute__((noinline)) void advance(const Wkv7& p, int64_t o, int i, const float* ew, const float* a, float* sa) {
+  // One token for the rows i..i+ROWS: updates S, reads y and prepares the next S a in one pass. Not inlined:
+  // GCC would keep the constants of vexp in registers that this loop needs.
+  __attribute__((noinline)) void advance(const Wkv7& p, int64_t o, int i, const float* ew, const float* a,
+                                         float* sa) {
     const float *k = p.k + o, *b = p.b + o, *r = p.r + o;
     float (*s)[ROWS] = S[i / ROWS];
     V x[G], v[G], y[U][G] = {}, next[U][G] = {};
@@ -59,7 +63,8 @@ struct Scan {
     }
     for (int j = 0; j < N; j += U)
       for (int u = 0; u < U; ++u) {
-        const float e = ew[j + u], bj = b[j + u], kj = k[j + u], rj = r[j + u], aj = a[j + u];   // once, whatever S might overlap
+        // once, whatever S might overlap
+        const float e = ew[j + u], bj = b[j + u], kj = k[j + u], rj = r[j + u], aj = a[j + u];
         for (int g = 0; g < G; ++g) {
           V z = load(&s[j + u][g * W]) * e + (x[g] * bj + v[g] * kj);
           store(&s[j + u][g * W], z);

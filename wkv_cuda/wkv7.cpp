@@ -4,20 +4,23 @@
 
 namespace {
 
-// A head's token is N floats, and its tokens lie too far apart for the processor to foresee where it reads (write = 0) or writes next.
+// A head's token is N floats, and its tokens lie too far apart for the processor to foresee where it reads
+// (write = 0) or writes next.
 template <int N, int write>
 inline void fetch(std::initializer_list<const float*> rows, int64_t at) {
   for (const float* x : rows)
     for (int j = 0; j < N; j += 16) __builtin_prefetch(x + at + j, write);        // a cache line holds 16
 }
 
-// Heads first..last of a row of the batch, a chunk of tokens at a time: what a chunk of several heads reads lies side by side.
+// Heads first..last of a row of the batch, a chunk of tokens at a time: what a chunk of several heads reads
+// lies side by side.
 template <int N>
 void forward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
   const int64_t step = p.H * N, chunks = (p.T + CHUNK - 1) / CHUNK;
   std::vector<Scan<N>> scans;
   for (int64_t h = first; h < last; ++h)
-    for (int i0 = 0; i0 < N; i0 += Scan<N>::L) scans.emplace_back(p.s0 ? p.s0 + (bi * p.H + h) * N * N : nullptr, i0);
+    for (int i0 = 0; i0 < N; i0 += Scan<N>::L)
+      scans.emplace_back(p.s0 ? p.s0 + (bi * p.H + h) * N * N : nullptr, i0);
   for (int64_t t0 = 0; t0 <= p.T; t0 += CHUNK)
     for (size_t i = 0; i < scans.size(); ++i) {
       Scan<N>& scan = scans[i];
@@ -33,31 +36,37 @@ void forward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
     }
 }
 
-// ---- backward: lanes run over key channels j; chunk by chunk from the last to the first, rows i in groups of R ----
-// Chunks are the outer loop, so that what a chunk reads and writes stays in the cache while its row groups pass over it. The loops are
-// functions of their own and read what they share before they write, so that a compiler can keep it in registers.
+// ---- backward: lanes are key channels j; chunk by chunk from the last to the first, rows i in groups ----
+// Chunks are the outer loop, so that what a chunk reads and writes stays in the cache while its row groups
+// pass over it. The loops are functions of their own and read what they share before they write, so that a
+// compiler can keep it in registers.
 
-template <int N> constexpr int R = std::min(N, 2048 / N);                     // what a group takes fits the L2 cache
+template <int N> constexpr int R = std::min(N, 2048 / N);  // what a group takes fits the L2 cache
 template <int N> using Rows = float (*)[N];              // rows of the state, or of its gradient
 
 // S_t from S_{t-1}, for the rows i.. of token o.
 template <int N>
-__attribute__((noinline)) void step(const float (*from)[N], Rows<N> to, const float* ew, const float* k, const float* b, const float* sa,
-                                    const float* v) {
+__attribute__((noinline)) void step(const float (*from)[N], Rows<N> to, const float* ew, const float* k,
+                                    const float* b, const float* sa, const float* v) {
   constexpr int P = std::min(N / W, 2);
   for (int j = 0; j < N; j += P * W) {
     V e[P], kj[P], bj[P];
-    for (int x = 0; x < P; ++x) { e[x] = load(ew + j + x * W); kj[x] = load(k + j + x * W); bj[x] = load(b + j + x * W); }
+    for (int x = 0; x < P; ++x) {
+      const int at = j + x * W;
+      e[x] = load(ew + at); kj[x] = load(k + at); bj[x] = load(b + at);
+    }
     for (int i = 0; i < R<N>; ++i) {
       const float si = sa[i], vi = v[i];
-      for (int x = 0; x < P; ++x) store(&to[i][j + x * W], load(&from[i][j + x * W]) * e[x] + (bj[x] * si + kj[x] * vi));
+      for (int x = 0; x < P; ++x)
+        store(&to[i][j + x * W], load(&from[i][j + x * W]) * e[x] + (bj[x] * si + kj[x] * vi));
     }
   }
 }
 
 // What y_t sends to S_t enters its gradient D; then the sums over j: dv_i = D_i k and d(sa)_i = D_i b.
 template <int N>
-__attribute__((noinline)) void rows(Rows<N> D, const float* r, const float* k, const float* b, const float* dy, float* dv, float* dsa) {
+__attribute__((noinline)) void rows(Rows<N> D, const float* r, const float* k, const float* b,
+    const float* dy, float* dv, float* dsa) {
   constexpr int Q = std::max(REGISTERS / 4, W / 2);      // rows at once, two sums each
   for (int i = 0; i < R<N>; i += Q) {
     V sums[2 * Q] = {}, dyi[Q];
@@ -78,17 +87,20 @@ __attribute__((noinline)) void rows(Rows<N> D, const float* r, const float* k, c
   }
 }
 
-// A chunk's tokens of one head side by side, and their gradients. Where they come from they lie so many bytes apart that they crowd
-// each other out of a few sets of the cache.
+// A chunk's tokens of one head side by side, and their gradients. Where they come from they lie so many bytes
+// apart that they crowd each other out of a few sets of the cache.
 template <int N>
 struct Chunk {
-  alignas(64) float r[CHUNK][N], ew[CHUNK][N], k[CHUNK][N], v[CHUNK][N], a[CHUNK][N], b[CHUNK][N], sa[CHUNK][N], dy[CHUNK][N];
-  alignas(64) float dr[CHUNK][N], dw[CHUNK][N], dk[CHUNK][N], dv[CHUNK][N], da[CHUNK][N], db[CHUNK][N], dsa[CHUNK][N];
+  alignas(64) float r[CHUNK][N], ew[CHUNK][N], k[CHUNK][N], v[CHUNK][N], a[CHUNK][N], b[CHUNK][N],
+      sa[CHUNK][N], dy[CHUNK][N];
+  alignas(64) float dr[CHUNK][N], dw[CHUNK][N], dk[CHUNK][N], dv[CHUNK][N], da[CHUNK][N], db[CHUNK][N],
+      dsa[CHUNK][N];
 };
 
 // The sums over the rows i, and D of the token before.
 template <int N>
-__attribute__((noinline)) void columns(Chunk<N>& c, int64_t q, int64_t i0, const float (*prev)[N], const float (*now)[N], Rows<N> D) {
+__attribute__((noinline)) void columns(Chunk<N>& c, int64_t q, int64_t i0, const float (*prev)[N],
+    const float (*now)[N], Rows<N> D) {
   const float *dy = c.dy[q] + i0, *v = c.v[q] + i0, *sa = c.sa[q] + i0, *dsa = c.dsa[q] + i0;
   constexpr int P = std::min(N / W, REGISTERS / 16);
   for (int j = 0; j < N; j += P * W) {
@@ -127,7 +139,7 @@ void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
   alignas(64) float S[CHUNK + 1][R<N>][N];
   Chunk<N> c;
   std::vector<Gradient<N>> all(last - first);
-  auto add_ds = [&](int64_t n, int64_t h, int64_t i0, int rows) {              // that of the returned state number n
+  auto add_ds = [&](int64_t n, int64_t h, int64_t i0, int rows) {  // that of the returned state number n
     if (!p.ds) return;
     const float* src = p.ds + (((bi * p.states() + n) * p.H + h) * N + i0) * N;
     float* to = &all[h - first].of[i0][0];
@@ -136,15 +148,17 @@ void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
   for (int64_t h = first; !p.every && h < last; ++h) add_ds(0, h, 0, N);
   for (int64_t n = chunks - 1; n >= 0; --n)
     for (int64_t h = first; h < last; ++h) {
-      const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0), base = ((bi * p.T + t0) * p.H + h) * N;
+      const int64_t t0 = n * CHUNK, len = std::min<int64_t>(CHUNK, p.T - t0);
+      const int64_t base = ((bi * p.T + t0) * p.H + h) * N;
       const float* mid = p.mid + ((bi * p.H + h) * chunks + n) * N * N;
       for (int64_t q = 0; q < len; ++q) {
         const int64_t o = base + q * stride;
         if (n) fetch<N, 0>({p.r, p.w, p.k, p.v, p.a, p.b, p.sa, p.dy}, o - CHUNK * stride);
         fetch<N, 1>({p.dr, p.dw, p.dk, p.dv, p.da, p.db}, o);
         for (int j = 0; j < N; j += W) {
-          store(c.r[q] + j, load(p.r + o + j)); store(c.ew[q] + j, vexp(load(p.w + o + j))); store(c.k[q] + j, load(p.k + o + j));
-          store(c.v[q] + j, load(p.v + o + j)); store(c.a[q] + j, load(p.a + o + j)); store(c.b[q] + j, load(p.b + o + j));
+          store(c.r[q] + j, load(p.r + o + j)); store(c.ew[q] + j, vexp(load(p.w + o + j)));
+          store(c.k[q] + j, load(p.k + o + j)); store(c.v[q] + j, load(p.v + o + j));
+          store(c.a[q] + j, load(p.a + o + j)); store(c.b[q] + j, load(p.b + o + j));
           store(c.sa[q] + j, load(p.sa + o + j)); store(c.dy[q] + j, load(p.dy + o + j));
         }
       }
@@ -163,8 +177,9 @@ void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
       for (int64_t q = 0; q < len; ++q) {
         const int64_t o = base + q * stride;
         for (int j = 0; j < N; j += W) {
-          store(p.dr + o + j, load(c.dr[q] + j)); store(p.dw + o + j, load(c.dw[q] + j)); store(p.dk + o + j, load(c.dk[q] + j));
-          store(p.dv + o + j, load(c.dv[q] + j)); store(p.da + o + j, load(c.da[q] + j)); store(p.db + o + j, load(c.db[q] + j));
+          store(p.dr + o + j, load(c.dr[q] + j)); store(p.dw + o + j, load(c.dw[q] + j));
+          store(p.dk + o + j, load(c.dk[q] + j)); store(p.dv + o + j, load(c.dv[q] + j));
+          store(p.da + o + j, load(c.da[q] + j)); store(p.db + o + j, load(c.db[q] + j));
           if (p.dc) store(p.dc + o + j, load(c.dsa[q] + j));
         }
       }
@@ -179,7 +194,8 @@ void backward(const Wkv7& p, int64_t bi, int64_t first, int64_t last) {
 template <int N>
 void run(const Wkv7& p) {
   const int64_t fair = p.B * p.H / (4 * std::max(1u, std::thread::hardware_concurrency()));
-  const int64_t some = std::max<int64_t>(1, std::min<int64_t>({p.H, fair, 256 / N})), groups = (p.H + some - 1) / some;
+  const int64_t some = std::max<int64_t>(1, std::min<int64_t>({p.H, fair, 256 / N}));
+  const int64_t groups = (p.H + some - 1) / some;
   parallel_for(p.B * groups, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) {
       const int64_t first = i % groups * some, last = std::min(first + some, p.H);

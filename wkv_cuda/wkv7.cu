@@ -1,17 +1,18 @@
-// RWKV-7 recurrence on the GPU: forward and backward for any T, N in {16, 32, 64, 128}. Every input is float32 or bfloat16, each for
-// itself, and its gradient likewise; states and sums are float32.
+// RWKV-7 recurrence on the GPU: forward and backward for any T, N in {16, 32, 64, 128}. Every input is
+// float32 or bfloat16, each for itself, and its gradient likewise; states and sums are float32.
 //
 //   sa_t = S_{t-1} a_t + c_t
 //   S_t  = S_{t-1} diag(exp w_t) + sa_t b_t^T + v_t k_t^T        y_t = S_t r_t
 //
-// A block of threads walks along one head's tokens. The state stays in registers: a thread holds a tile of some rows (value channels)
-// by some columns (key channels), so that what it reads of a token serves several elements, and the sums over rows and columns are
-// half done before threads must talk to each other.
+// A block of threads walks along one head's tokens. The state stays in registers: a thread holds a tile of
+// some rows (value channels) by some columns (key channels), so that what it reads of a token serves several
+// elements, and the sums over rows and columns are half done before threads must talk to each other.
 #include "gpu.h"
 
 namespace {
 
-// A row lies with LANES neighbouring threads, which take turns in pieces of 4 columns: reading them causes no bank conflicts.
+// A row lies with LANES neighbouring threads, which take turns in pieces of 4 columns: reading them causes no
+// bank conflicts.
 template <int N, int ROWS, int COLS>
 struct Tile {
   static constexpr int LANES = N / COLS, THREADS = N / ROWS * LANES;
@@ -19,10 +20,11 @@ struct Tile {
   float x[ROWS][COLS];
 
   __device__ static int lane() { return threadIdx.x % LANES; }
-  __device__ static int row() { return threadIdx.x / LANES * ROWS; }                  // the first of its rows ...
-  __device__ static int col(int m) { return m * LANES + 4 * lane(); }                 // ... of columns m..m+3; m is a multiple of 4
+  __device__ static int row() { return threadIdx.x / LANES * ROWS; }  // the first of its rows ...
+  // ... of columns m..m+3; m is a multiple of 4
+  __device__ static int col(int m) { return m * LANES + 4 * lane(); }
 
-  __device__ static void columns(const float* from, float (&to)[COLS]) {              // the thread's part of a vector
+  __device__ static void columns(const float* from, float (&to)[COLS]) {  // the thread's part of a vector
 #pragma unroll
     for (int m = 0; m < COLS; m += 4) {
       const float4 z = *reinterpret_cast<const float4*>(from + col(m));
@@ -56,14 +58,16 @@ struct Tile {
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
       for (int m = 0; m < COLS; m += 4)
-        *reinterpret_cast<float4*>(to + (row() + i) * N + col(m)) = {x[i][m], x[i][m + 1], x[i][m + 2], x[i][m + 3]};
+        *reinterpret_cast<float4*>(to + (row() + i) * N + col(m)) =
+            {x[i][m], x[i][m + 1], x[i][m + 2], x[i][m + 3]};
   }
 };
 
 // ---- forward: STAGE tokens are read while the STAGE before them are worked on ----
 
 constexpr int STAGE = 8;
-enum { E_, K_, B_, R_, A_, V_, C_, VECTORS };            // what shared memory holds of each token: exp w, ...; A_ is the next token's
+// what shared memory holds of each token: exp w, ...; A_ is the next token's
+enum { E_, K_, B_, R_, A_, V_, C_, VECTORS };
 
 template <int N>
 struct Forward : Tile<N, 2, N / 4> {
@@ -81,7 +85,8 @@ struct Forward : Tile<N, 2, N / 4> {
       for (int i = 0; i < EACH; ++i) {
         const int e = i * T::THREADS + threadIdx.x;
         const int64_t token = t + e / N + (x == A_);
-        read[x][i] = from[x] && token < p.T ? raw(from[x], half >> bit[x] & 1, at.base + token * at.step + e % N) : 0;
+        const int64_t o = at.base + token * at.step + e % N;
+        read[x][i] = from[x] && token < p.T ? raw(from[x], half >> bit[x] & 1, o) : 0;
       }
   }
   __device__ void put(unsigned half, float* to) const {
@@ -120,7 +125,8 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
     for (int i = 0; i < ROWS; ++i) {
       sums[i] = sums[ROWS + i] = 0;
 #pragma unroll
-      for (int m = 0; m < COLS; ++m) sums[ROWS + i] += s.x[i][m] * get(p.a, half >> A & 1, at.base + F::col(m / 4 * 4) + m % 4);
+      for (int m = 0; m < COLS; ++m)
+        sums[ROWS + i] += s.x[i][m] * get(p.a, half >> A & 1, at.base + F::col(m / 4 * 4) + m % 4);
     }
     add_up();
     s.fetch(p, half, at, 0);
@@ -155,7 +161,8 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
         for (int x = 0; x < 5; ++x) z[x] = *reinterpret_cast<const float4*>(in + x * N + F::col(m));
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
-          const float e = (&z[E_].x)[d], k = (&z[K_].x)[d], b = (&z[B_].x)[d], r = (&z[R_].x)[d], a = (&z[A_].x)[d];
+          const float e = (&z[E_].x)[d], k = (&z[K_].x)[d], b = (&z[B_].x)[d], r = (&z[R_].x)[d];
+          const float a = (&z[A_].x)[d];
 #pragma unroll
           for (int i = 0; i < ROWS; ++i) {
             float& x = s.x[i][m + d];
@@ -174,8 +181,9 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
   if (!p.every || p.T == due) s.store(p.s + at.state(p, p.every ? p.T / p.every : 0));
 }
 
-// ---- backward: chunk by chunk from the last to the first, the states inside a chunk computed anew from its saved start ----
-// Only GROUP states fit the registers beside the gradient of the state, so the tokens before a group are walked through again for it.
+// ---- backward: chunk by chunk from the last to the first ----
+// The states inside a chunk are computed anew from its saved start. Only GROUP states fit the registers
+// beside the gradient of the state, so the tokens before a group are walked through again for it.
 
 template <int N> struct Back;
 template <> struct Back<16> : Tile<16, 2, 4> { static constexpr int ROWS = 2, COLS = 4, GROUP = 4; };
@@ -186,7 +194,7 @@ template <> struct Back<128> : Tile<128, 8, 8> { static constexpr int ROWS = 8, 
 enum { SA_ = 6, DY_ = 7, INPUTS = 8, SUMS = 5 };         // A_ is now the token's own
 
 template <int N>
-struct Token {                                           // what a thread's tile needs of a token to go one step on
+struct Token {  // what a thread's tile needs of a token to go one step on
   float e[Back<N>::COLS], k[Back<N>::COLS], b[Back<N>::COLS], v[Back<N>::ROWS], sa[Back<N>::ROWS];
   __device__ explicit Token(const float* in) {
     Back<N>::columns(in + E_ * N, e);
@@ -195,7 +203,9 @@ struct Token {                                           // what a thread's tile
     Back<N>::rows(in + V_ * N, v);
     Back<N>::rows(in + SA_ * N, sa);
   }
-  __device__ float step(const Back<N>& s, int i, int m) const { return s.x[i][m] * e[m] + (sa[i] * b[m] + v[i] * k[m]); }
+  __device__ float step(const Back<N>& s, int i, int m) const {
+    return s.x[i][m] * e[m] + (sa[i] * b[m] + v[i] * k[m]);
+  }
   __device__ void step(const Back<N>& s, Back<N>& to) const {
 #pragma unroll
     for (int i = 0; i < Back<N>::ROWS; ++i)
@@ -205,15 +215,17 @@ struct Token {                                           // what a thread's tile
 };
 
 template <int N>
-__global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(const Wkv7 p, const unsigned half) {
+__global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1)
+backward(const Wkv7 p, const unsigned half) {
   using T = Back<N>;
   constexpr int ROWS = T::ROWS, COLS = T::COLS, GROUP = T::GROUP, WARPS = T::THREADS / 32;
-  float *in = shared_memory(), *part = in + CHUNK * INPUTS * N;                       // part: each warp's sums over its rows
+  float *in = shared_memory(), *part = in + CHUNK * INPUTS * N;  // part: each warp's sums over its rows
   const Head at(p);
   const int lane = T::lane(), first = threadIdx.x % 32 - lane, row = T::row(), warp = threadIdx.x / 32;
   T d;                                                   // the gradient of the state
   d.zero();
-  auto add_ds = [&](int64_t n) { if (p.ds) d.add(p.ds + at.state(p, n)); };           // that of the returned state number n
+  // that of the returned state number n
+  auto add_ds = [&](int64_t n) { if (p.ds) d.add(p.ds + at.state(p, n)); };
   if (!p.every) add_ds(0);
   int64_t due = p.every ? p.T / p.every * p.every : -1;  // the last state returned that is still to come
   for (int64_t n = at.chunks - 1; n >= 0; --n) {
@@ -281,7 +293,8 @@ __global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(co
             float dr = 0, dw = 0, dk = 0, da = 0, db = 0;
 #pragma unroll
             for (int i = 0; i < ROWS; ++i) {
-              const float before = s[g].x[i][m + c], after = g + 1 < GROUP ? s[(g + 1) % GROUP].x[i][m + c] : z.step(s[g], i, m + c);
+              const float before = s[g].x[i][m + c];
+              const float after = g + 1 < GROUP ? s[(g + 1) % GROUP].x[i][m + c] : z.step(s[g], i, m + c);
               float& grad = d.x[i][m + c];
               dr += after * dy[i];
               dw += grad * before;
@@ -300,8 +313,10 @@ __global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(co
             }
           }
 #pragma unroll
-          for (int x = 0; x < SUMS; ++x)
-            if (!first) *reinterpret_cast<float4*>(part + ((g * WARPS + warp) * SUMS + x) * N + T::col(m)) = over[x];
+          for (int x = 0; x < SUMS; ++x) {
+            float* to = part + ((g * WARPS + warp) * SUMS + x) * N + T::col(m);
+            if (!first) *reinterpret_cast<float4*>(to) = over[x];
+          }
         }
       }
       __syncthreads();
@@ -326,7 +341,8 @@ __global__ void __launch_bounds__(Back<N>::THREADS, N == 64 ? 2 : 1) backward(co
 template <int N>
 void run(const Wkv7& p, unsigned half, void* stream) {
   using T = Back<N>;
-  if (p.back) launch(backward<N>, p.B * p.H, T::THREADS, 4 * N * (CHUNK * INPUTS + T::GROUP * T::THREADS / 32 * SUMS), stream, p, half);
+  constexpr int64_t SHARED = 4 * N * (CHUNK * INPUTS + T::GROUP * T::THREADS / 32 * SUMS);
+  if (p.back) launch(backward<N>, p.B * p.H, T::THREADS, SHARED, stream, p, half);
   else launch(forward<N>, p.B * p.H, 2 * N, 4 * Forward<N>::SHARED, stream, p, half);
 }
 

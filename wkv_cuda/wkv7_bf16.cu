@@ -1,31 +1,36 @@
-// RWKV-7 recurrence on tensor cores, for what is bfloat16 anyway: forward and backward, N in {16, 32, 64}, products in bfloat16, sums
-// and states in float32.
+// RWKV-7 recurrence on tensor cores, for what is bfloat16 anyway: forward and backward, N in {16, 32, 64},
+// products in bfloat16, sums and states in float32.
 //
-// A chunk of 16 tokens at once. W_t is the sum of the chunk's log-decays up to token t, U_t that before it, M that up to its middle;
-//   a^_t = e^{U_t - M} a_t,  r^_t = e^{W_t - M} r_t,  b^_t = e^{M - W_t} b_t,  k^_t = e^{M - W_t} k_t,  S^ = S diag(e^M)
+// A chunk of 16 tokens at once. W_t is the sum of the chunk's log-decays up to token t, U_t that before it, M
+// that up to its middle;
+//   a^_t = e^{U_t - M} a_t,  r^_t = e^{W_t - M} r_t,  b^_t = e^{M - W_t} b_t,  k^_t = e^{M - W_t} k_t,
+//   S^ = S diag(e^M)
 // with S the state at the chunk's start, and rows of matrices being tokens:
 //   SA = S a + c = (1 - AB)^-1 (a^ S^^T + AK V + C)          AB = a^ b^^T and AK = a^ k^^T below the diagonal
 //   Y  = r^ S^^T + RB SA + RK V                              RB = r^ b^^T and RK = r^ k^^T up to the diagonal
 //   next S = (S^ + SA^T b^ + V^T k^) diag(e^{W_16 - M})
 // Backward, D the gradient of the next S, D^ = D diag(e^{W_16 - M}), Z the gradient of S a + c:
 //   Z  = (1 - AB)^-T (RB^T dY + b^ D^^T)                     dV = RK^T dY + AK^T Z + k^ D^^T
-//   da^ = Z S^ + dAB b^ + dAK k^      dr^ = dY S^ + dRB b^ + dRK k^      dAB = Z SA^T, dAK = Z V^T, dRB = dY SA^T, dRK = dY V^T, cut as above
-//   db^ = SA D^ + dAB^T a^ + dRB^T r^      dk^ = V D^ + dAK^T a^ + dRK^T r^      gradient of S = (D^ + Z^T a^ + dY^T r^) diag(e^M)
-// Decays below e^-10 count as e^-10, an error far below that of bfloat16, so that e^{8 * 10} is the largest factor.
+//   da^ = Z S^ + dAB b^ + dAK k^      dr^ = dY S^ + dRB b^ + dRK k^
+//   dAB = Z SA^T, dAK = Z V^T, dRB = dY SA^T, dRK = dY V^T, cut as above
+//   db^ = SA D^ + dAB^T a^ + dRB^T r^      dk^ = V D^ + dAK^T a^ + dRK^T r^
+//   gradient of S = (D^ + Z^T a^ + dY^T r^) diag(e^M)
+// Decays below e^-10 count as e^-10, an error far below that of bfloat16, so that e^{8 * 10} is the largest
+// factor.
 #include "gpu.h"
 
 namespace {
 
 using Half = uint16_t;
 constexpr float STRONGEST = 10;
-constexpr int Q = CHUNK + 8;                             // from row to row of 16 x 16 matrices, as P of others: banks do not collide
+constexpr int Q = CHUNK + 8;  // from row to row of 16 x 16 matrices, as P of others: banks do not collide
 
 template <int N>
 struct alignas(16) Chunk {                               // in shared memory
   static constexpr int P = N + 8;
   Half a[CHUNK][P], r[CHUNK][P], b[CHUNK][P], k[CHUNK][P], v[CHUNK][P];                 // a^, r^, b^, k^, V
-  Half ak[CHUNK][Q], rb[CHUNK][Q], rk[CHUNK][Q], inverse[CHUNK][Q];                     // AK, RB, RK, (1 - AB)^-1
-  float ab[CHUNK][CHUNK + 1], start[N], end[N];                                         // AB, e^M, e^{W_16 - M}
+  Half ak[CHUNK][Q], rb[CHUNK][Q], rk[CHUNK][Q], inverse[CHUNK][Q];  // AK, RB, RK, (1 - AB)^-1
+  float ab[CHUNK][CHUNK + 1], start[N], end[N];  // AB, e^M, e^{W_16 - M}
 };
 
 template <int N>
@@ -33,7 +38,8 @@ struct BackChunk : Chunk<N> {
   using Chunk<N>::P;
   Half sa[CHUNK][P], dy[CHUNK][P], z[CHUNK][P], s[N][P], d[N][P];                       // SA, dY, Z, S^, D^
   Half dab[CHUNK][Q], dak[CHUNK][Q], drb[CHUNK][Q], drk[CHUNK][Q];
-  float rel[CHUNK + 1][P], gw[CHUNK][P], gu[CHUNK][P], gl[CHUNK][P], both[N / 16][N];   // rel[t]: the decay from the middle to before t
+  // rel[t]: the decay from the middle to before t
+  float rel[CHUNK + 1][P], gw[CHUNK][P], gu[CHUNK][P], gl[CHUNK][P], both[N / 16][N];
   uint32_t cut[2][N];                                    // what `take` returns
 };
 
@@ -47,11 +53,13 @@ __device__ float float_of(Half x) { return __uint_as_float(static_cast<uint32_t>
 // What a lane holds of a 16 x 16 left factor that starts at x, as it lies there or transposed.
 __device__ void left(uint32_t (&to)[4], const Half* x, int stride) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) to[e] = word(x + (lane() / 4 + e % 2 * 8) * stride + lane() % 4 * 2 + e / 2 * 8);
+  for (int e = 0; e < 4; ++e)
+    to[e] = word(x + (lane() / 4 + e % 2 * 8) * stride + lane() % 4 * 2 + e / 2 * 8);
 }
 __device__ void left_transposed(uint32_t (&to)[4], const Half* x, int stride) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) to[e] = words(x + (lane() % 4 * 2 + e / 2 * 8) * stride + lane() / 4 + e % 2 * 8, stride);
+  for (int e = 0; e < 4; ++e)
+    to[e] = words(x + (lane() % 4 * 2 + e / 2 * 8) * stride + lane() / 4 + e % 2 * 8, stride);
 }
 // Two neighbouring results (16 x 8) as a left factor.
 __device__ void left_of(uint32_t (&to)[4], const float (&x)[4], const float (&y)[4]) {
@@ -77,14 +85,16 @@ struct Rows {
   float x[N / 8][4];
 
   template <class F>
-  __device__ void each(F f) {                            // f(element, its right neighbour, their row, the first one's column)
+  __device__ void each(F f) {  // f(element, its right neighbour, their row, the first one's column)
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; e += 2) f(x[n][e], x[n][e + 1], 16 * warp() + row_of(e), 8 * n + col_of(e));
   }
   __device__ void zero() { each([](float& x, float& y, int, int) { x = y = 0; }); }
-  __device__ void scale(const float* by) { each([&](float& x, float& y, int, int j) { x *= by[j], y *= by[j + 1]; }); }
+  __device__ void scale(const float* by) {
+    each([&](float& x, float& y, int, int j) { x *= by[j], y *= by[j + 1]; });
+  }
   __device__ void load(const float* from) {
     each([&](float& x, float& y, int i, int j) {
       const float2 z = *reinterpret_cast<const float2*>(from + i * N + j);
@@ -99,7 +109,9 @@ struct Rows {
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[n][e] += z.x[n][e];
   }
-  __device__ void store(float* to) { each([&](float x, float y, int i, int j) { *reinterpret_cast<float2*>(to + i * N + j) = {x, y}; }); }
+  __device__ void store(float* to) {
+    each([&](float x, float y, int i, int j) { *reinterpret_cast<float2*>(to + i * N + j) = {x, y}; });
+  }
   __device__ void factors(uint32_t (&to)[N / 16][4]) const {
 #pragma unroll
     for (int m = 0; m < N / 16; ++m) left_of(to[m], x[2 * m], x[2 * m + 1]);
@@ -113,8 +125,8 @@ __device__ void multiply_rows(float (&d)[4], const uint32_t (&rows)[N / 16][4], 
   for (int m = 0; m < N / 16; ++m) multiply_transposed(d, rows[m], x + 16 * m, Chunk<N>::P);
 }
 
-// The tokens of a chunk as they lie in global memory, copied to shared memory while the block works on the chunk before. After the last
-// token come identity steps.
+// The tokens of a chunk as they lie in global memory, copied to shared memory while the block works on the
+// chunk before. After the last token come identity steps.
 enum { W_, A_, R_, B_, K_, V_, SA_, DY_ };
 template <int N, int VECTORS>
 struct Tokens {
@@ -167,7 +179,8 @@ struct Tokens {
 template <int N> using ForwardTokens = Tokens<N, V_ + 1>;
 template <int N> using BackTokens = Tokens<N, DY_ + 1>;
 
-// A chunk that has been fetched, as the products take it -> bit q: token q of the thread's has a decay below the strongest.
+// A chunk that has been fetched, as the products take it -> bit q: token q of the thread's has a decay below
+// the strongest.
 template <int N, int VECTORS, class C>
 __device__ uint32_t take(const Tokens<N, VECTORS>& x, unsigned half, C& c) {
   const int j = x.channel(), t = x.side() * 8;
@@ -265,12 +278,14 @@ __global__ void __launch_bounds__(2 * N) forward(const Wkv7 p, const unsigned ha
     float x[2][4], y[2][4];
     s.factors(rows);
     left_transposed(v, c.v[0] + own, c.P);
-    const auto each = [&](auto f) {                      // f(its number, its result, its element in the tensors) of a token that there is
+    // f(its number, its result, its element in the tensors) of a token that there is
+    const auto each = [&](auto f) {
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (const int64_t t = t0 + 8 * n + col_of(e); t < p.T) f(n, e, at.base + t * at.step + own + row_of(e));
+          if (const int64_t t = t0 + 8 * n + col_of(e); t < p.T)
+            f(n, e, at.base + t * at.step + own + row_of(e));
     };
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -409,7 +424,8 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int t = row_of(e), s = 8 * n + col_of(e);
-          (job == 0 ? c.dab : job == 1 ? c.dak : job == 2 ? c.drb : c.drk)[t][s] = half_of(s < t + (job > 1) ? g[n][e] : 0);
+          (job == 0 ? c.dab : job == 1 ? c.dak : job == 2 ? c.drb : c.drk)[t][s] =
+              half_of(s < t + (job > 1) ? g[n][e] : 0);
         }
     }
     __syncthreads();
@@ -491,7 +507,8 @@ __global__ void __launch_bounds__(2 * N) backward(const Wkv7 p, const unsigned h
 
 template <int N>
 bool run(const Wkv7& p, unsigned half, void* stream) {
-  if (p.back) launch(backward<N>, p.B * p.H, 2 * N, sizeof(BackChunk<N>) + BackTokens<N>::SHARED, stream, p, half);
+  constexpr int64_t BACK = sizeof(BackChunk<N>) + BackTokens<N>::SHARED;
+  if (p.back) launch(backward<N>, p.B * p.H, 2 * N, BACK, stream, p, half);
   else launch(forward<N>, p.B * p.H, 2 * N, sizeof(Chunk<N>) + ForwardTokens<N>::SHARED, stream, p, half);
   return true;
 }
@@ -501,7 +518,8 @@ bool run(const Wkv7& p, unsigned half, void* stream) {
 bool wkv7_bf16(const Wkv7& p, unsigned half, void* stream) {
   if (!(half >> R & 1) || p.every % CHUNK) return false;
   for (const float* x : {p.w, p.a, p.r, p.b, p.k, p.v, static_cast<const float*>(p.sa), p.dy})
-    if (reinterpret_cast<uintptr_t>(x) % 16) return false;                            // a view that starts anywhere: copy16 takes no such
+    // a view that starts anywhere: copy16 takes no such
+    if (reinterpret_cast<uintptr_t>(x) % 16) return false;
   switch (p.N) {
     case 16: return run<16>(p, half, stream);
     case 32: return run<32>(p, half, stream);
