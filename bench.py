@@ -1,17 +1,17 @@
 """Measure speed and quality: tables on the screen, figures in bench/.
 
-    python bench.py --suite=wkv         the recurrence: token loop, plain torch, C++ kernel; every kernel; cold build
+    python bench.py --suite=wkv         the recurrence by token loop, plain torch and C++, all kernels
     python bench.py --suite=step        a training step of the main job, against the token loop
     python bench.py --suite=published   the published command lines, beside the published figures
     python bench.py --suite=tasks       the published tasks with this repository's defaults
-    python bench.py --suite=flops       FLOPs per token in every direction and of attention, against a counted run
+    python bench.py --suite=flops       FLOPs per token in every direction, against a counted run
     python bench.py --suite=ablation    fusions and conditionings of a small two-way network on text
     python bench.py --suite=text        bits per character of networks of at most 1.05 M parameters
     python bench.py --suite=generate    what a block costs after 512 to 65,536 tokens of context
-    python bench.py --suite=gaussian    Gaussian diffusion, one part changed at a time, beside masked diffusion
+    python bench.py --suite=gaussian    Gaussian diffusion, one part changed at a time; masked diffusion
     python bench.py --suite=latent      texts with latents: both directions, Stage II, language kept
     python bench.py --suite=direction   milliseconds of one denoising step of the networks of --suite=flops
-    python bench.py --suite=gpu         kernels against float64, speed beside a GPU's limits, training, generation
+    python bench.py --suite=gpu         kernels against float64, speed and its limits, training, generation
 
 A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
 """
@@ -50,14 +50,14 @@ rounds = 3                  # [1, 1000] how often speed is measured, in turn; th
 data_path = ""              # ablation, text, gaussian, latent: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
-only = ""                   # these rows, separated by ; (tasks: part of a name; text: pace = step times; gpu: parts)
+only = ""                   # rows between ; (tasks: part of a name; text: pace = step times; gpu: parts)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
 # ---- training runs ----
 
 class Run(NamedTuple):
-    """A run of train.py. metrics: {figure: name in the last row of the log}; start: the run that it starts from."""
+    """A run of train.py. metrics: {figure: name in the last row of the log}; start: a run to start from."""
     options: list
     metrics: dict = {}
     start: str = ""
@@ -86,7 +86,7 @@ def checkpoint(folder):
     return os.path.join(folder, "ckpt.pt")
 
 def trained(runs, name, work):
-    """The folder of a run below `work`; it and what it starts from are trained if their checkpoints are missing."""
+    """The folder of a run below `work`; it and its start are trained unless their checkpoints are there."""
     folder, run = os.path.join(work, f"quick {name}" if quick else name), runs[name]
     if not os.path.exists(checkpoint(folder)):
         start = [f"--init_from={checkpoint(trained(runs, run.start, work))}"] if run.start else []
@@ -94,9 +94,9 @@ def trained(runs, name, work):
     return folder
 
 def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
-    """Train those of `runs`, {name: Run}, that the suite's JSON file lacks, and keep their figures there at once.
-    measure() finds more than the metrics. names: only these, and what they start from; work: the folder where
-    the runs stay. -> {name: figures} of all in the file."""
+    """Train those of `runs`, {name: Run}, that the suite's JSON file lacks, and keep there at once what their
+    logs say and measure() finds. names: only these, and what they start from; work: the folder where the runs
+    stay. -> {name: figures} of all in the file."""
     found = earlier(suite)
     for name in runs if names is None else names:
         if name in found:
@@ -151,12 +151,15 @@ def earlier(suite):
         return {}
     with open(where(suite)) as f:
         found = json.load(f)
-    runs = found.get("runs") or found.get("rows") or found["acc"]      # older files: ablation, tasks; published
+    runs = found.get("runs") or found.get("rows") or found["acc"]      # of older files
     if isinstance(runs, dict):
         return runs
-    names = [f"{row['task']}, {row['steps']} steps, {row['options'][0][2:]}" for row in runs]
-    return {f"{name}, seed {1337 + i}": {key: row[key][i] for key in ("acc", "exact")}
-            for name, row in zip(names, runs) for i in range(len(row["acc"]))}
+    seeds = {}
+    for row in runs:
+        for seed, (acc, exact) in enumerate(zip(row["acc"], row["exact"]), 1337):
+            name = f"{row['task']}, {row['steps']} steps, {row['options'][0][2:]}, seed {seed}"
+            seeds[name] = {"acc": acc, "exact": exact}
+    return seeds
 
 def spread(values):
     """Mean and standard deviation as text."""
@@ -210,12 +213,12 @@ def plot(name, title, curves):
 
 def suite_published():
     """One seed, accuracy by step."""
-    published = {"200": (0.5181, 0.6191), "400": (0.3281, 0.6531), "600": (0.5494, 0.7262), "800": (0.5525, 0.8153),
-                 "1000": (0.5444, 0.9244)}
+    published = {"200": (0.5181, 0.6191), "400": (0.3281, 0.6531), "600": (0.5494, 0.7262),
+                 "800": (0.5525, 0.8153), "1000": (0.5444, 0.9244)}
     shorter = 20 if quick else 1
-    settings = ("STRUCT_TASK=1 STRUCT_EVAL=1 STRUCT_LEN=8 TRAIN=1 GEN_TOKENS=1 SEQ_LEN=64 N_LAYER=2 N_EMBD=128 "
-                f"HEAD_SIZE=32 BATCH_SIZE=32 DEVICE_BSZ=8 MAX_ITERS={1000 // shorter} EVAL_ITERS=20 "
-                f"EVAL_INTERVAL={200 // shorter} WARMDOWN_ITERS=200 DW_JRT_SCALE=20")
+    settings = ("STRUCT_TASK=1 STRUCT_EVAL=1 STRUCT_LEN=8 TRAIN=1 GEN_TOKENS=1 SEQ_LEN=64 N_LAYER=2 "
+                f"N_EMBD=128 HEAD_SIZE=32 BATCH_SIZE=32 DEVICE_BSZ=8 MAX_ITERS={1000 // shorter} "
+                f"EVAL_ITERS=20 EVAL_INTERVAL={200 // shorter} WARMDOWN_ITERS=200 DW_JRT_SCALE=20")
 
     def measure(name, folder):
         return {str(row["step"] * shorter): row["struct_acc"] for row in read_log(folder, "eval")}
@@ -223,18 +226,18 @@ def suite_published():
         runs = {jrt: f"{settings} DW_JRT={jrt} WEIGHTS_PATH={weights}/{jrt}.pt" for jrt in "01"}
         runs = {jrt: Run([], env=dict(pair.split("=") for pair in env.split())) for jrt, env in runs.items()}
         found = quality("published", runs, measure)
-    rows = {step: dict(a=a, b=found["0"][step], c=c, d=found["1"][step]) for step, (a, c) in published.items()}
-    table("struct acc, published command lines", "step | DW_JRT=0 published | here | DW_JRT=1 published | here",
-          "{a} | {b:.4f} | {c} | {d:.4f}", rows)
+    rows = {step: dict(old0=old0, old1=old1, new0=found["0"][step], new1=found["1"][step])
+            for step, (old0, old1) in published.items()}
+    table("struct acc, published command lines",
+          "step | DW_JRT=0 published | here | DW_JRT=1 published | here",
+          "{old0} | {new0:.4f} | {old1} | {new1:.4f}", rows)
     return {"runs": found}
 
 def suite_tasks():
     """Accuracy and exact match on the fixed evaluation set."""
     tasks = {  # name: seeds, published accuracy
-        "struct, 1000 steps, dw_jrt=1": (3, "0.5919 / 0.0000"),
-        "struct, 200 steps, dw_jrt=1": (3, "0.7450"),
-        "rightcopy, 200 steps, dw_jrt=1": (3, "0.7181"),
-        "rightrev, 200 steps, dw_jrt=1": (3, "0.7731"),
+        "struct, 1000 steps, dw_jrt=1": (3, "0.5919 / 0.0000"), "struct, 200 steps, dw_jrt=1": (3, "0.7450"),
+        "rightcopy, 200 steps, dw_jrt=1": (3, "0.7181"), "rightrev, 200 steps, dw_jrt=1": (3, "0.7731"),
         "index, 1000 steps, dw_jrt=1": (1, "0.34 (200 steps)"),
         "add, 1000 steps, dw_jrt=1": (1, "0.11 (200 steps)"),
         "struct, 1000 steps, objective=gaussian": (3, ""),
@@ -294,14 +297,12 @@ def text_networks():
     attention = "--mixer=attention --dim_ffn=683 --muon_lr=0.04"
     blocks = {f"{objective} {n}": f"--objective={objective} --direction=block --block_size={n} {one_sided}"
               for objective in ("block", "block_elbo") for n in (4, 16, 64)}
-    return {"ar": f"--objective=ar {causal}", **blocks,
-            "b3d 16": f"--objective=b3d --block_size=16 {causal}",
+    return {"ar": f"--objective=ar {causal}", **blocks, "b3d 16": f"--objective=b3d --block_size=16 {causal}",
             "bidirectional, elbo": f"--objective=elbo {two_way} {one_sided}",
             "bidirectional": f"{two_way} {one_sided}",
             "bidirectional, ffn_shift=both": f"{two_way} --ffn_shift=both",
             "bidirectional, ffn_shift=wide": f"{two_way} --ffn_shift=wide",
-            "causal + DW-JRT": f"{causal} --dw_jrt=1",
-            "causal": causal,
+            "causal + DW-JRT": f"{causal} --dw_jrt=1", "causal": causal,
             "causal + DW-JRT, 8 layers": f"{causal} --dw_jrt=1 {deep}",
             "causal, 8 layers": f"{causal} {deep}",
             "causal + DW-JRT, scale 20": f"{causal} --dw_jrt=1 --dw_jrt_scale=20",
@@ -342,8 +343,8 @@ def suite_text():
 # ---- quality: Gaussian diffusion ----
 
 def bigram_kl(x, y):
-    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added to
-    y's, for every pair of tokens that occur."""
+    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
+    to y's, for every pair of tokens that occur."""
     V = int(max(x.max(), y.max())) + 1
     pairs = ((z[:, :-1] * V + z[:, 1:]).flatten() for z in (x, y))
     p, q = (torch.bincount(ids, minlength=V * V).double().view(V, V) for ids in pairs)
@@ -367,7 +368,8 @@ def sampled(folder, rows, length, sampler, steps):
 
 def gaussian_runs():
     """The whole runs, and those of 200 steps with one part changed: two dicts {name: options}."""
-    seeds = {f"gaussian, seed {seed}": f"config/gaussian.py --random_seed={seed}" for seed in (1337, 1338, 1339)}
+    gaussian = "config/gaussian.py"
+    seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
     # as many parameters and as much time as the 1000 steps of config/gaussian.py
     whole = seeds | {"masked": "config/shakespeare.py --ffn_shift=both --max_iters=1400"}
     changes = {"mixed, x0, cosine": "",
@@ -379,7 +381,7 @@ def gaussian_runs():
                "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
                "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
                "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
-    same = "config/gaussian.py --max_iters=200 --eval_interval=40"
+    same = f"{gaussian} --max_iters=200 --eval_interval=40"
     return whole, {name: f"{same} {change}" for name, change in changes.items()}
 
 def suite_gaussian():
@@ -418,12 +420,12 @@ def suite_gaussian():
     return {"runs": found, "speed": speed}
 
 def gaussian_tables(found, whole, parts, divergence):
-    same = {"kl, topk": "kl, 50 steps", "kl, first_hitting": "kl, ddpm"}         # of masked diffusion: in one column
+    same = {"kl, topk": "kl, 50 steps", "kl, first_hitting": "kl, ddpm"}     # they share a column
     rows = {name: {same.get(key, key): value for key, value in run.items()} for name, run in found.items()}
     titles = {f"whole runs; divergence of {divergence}": whole, "200 steps each, one part changed": parts}
     for title, names in titles.items():
-        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | divergence, ddim or topk | "
-              "ddpm or one by one | alarms",
+        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | "
+              "divergence, ddim or topk | ddpm or one by one | alarms",
               "{parameters:.2M} | {minutes:.1f} | {0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
               "{0[round_acc_1.0]:.3f} | {kl, 50 steps:.3f} | {kl, ddpm:.3f} | {alarms}",
               {name: run for name, run in rows.items() if name in names})
@@ -476,8 +478,8 @@ def latent_runs(text, pairs):
     return runs
 
 def suite_latent():
-    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components of
-    their n-grams. The runs stay in OUT/local."""
+    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components
+    of their n-grams. The runs stay in OUT/local."""
     work, n = os.path.join(out, "local"), 8 if quick else 64
     pairs = os.path.join(work, "pairs.quick" if quick else "pairs")
     if not data.has_pairs(pairs) and data.main(["latents", f"--data_path={data_path}", f"--out={pairs}"]):
@@ -515,7 +517,7 @@ def perplexity(folder, backbone, x):
     return diffusion.exact_nll(net, x, net.mask_id).mean().exp().item()
 
 def gaussian_text_nats(net, cfg, x, z):
-    """Per token, of embedding diffusion: the mean over noise levels, since its cross-entropy is not a bound."""
+    """Of embedding diffusion, whose cross-entropy is not a bound: the mean over noise levels, per token."""
     found, z, every = {}, diffusion.clean_latent(net, z), torch.ones_like(x, dtype=torch.bool)
     for suffix, variant in VARIANTS.items():
         draws = data.generator(1, 0, 2)
@@ -541,8 +543,8 @@ def text_scores(net, cfg, source, x, z):
     return found
 
 def joint_scores(net, cfg, source, x, n):
-    """How n texts and latents sampled together fit: the share of sampled latents that are further from a text's
-    own latent than the one sampled with it; the divergence of the texts' bigrams from those of x."""
+    """How n texts and latents sampled together fit: the share of the latents that are further from a text's
+    own than the one sampled with it; the divergence of the texts' bigrams from those of x."""
     ids, z = diffusion.sample_joint(net, n, 128, data.generator(1, 0, 3), cfg, 64, temperature=0.7)
     texts = decoded(source, ids)
     if net.latent_encoder is not None:
@@ -583,8 +585,8 @@ def latent_tables(found):
 BASELINE = "attention baseline"
 
 def alternated(jobs, times, seconds=math.inf):
-    """{name: function} -> {name: median milliseconds of a call}. They are called in turn, so that a slow spell of
-    the machine hits all, so many times or until they have taken so many seconds; the first call warms up."""
+    """{name: function} -> {name: median milliseconds of a call}. They are called in turn, so that a slow
+    spell of the machine hits all, so many times or until they took so many seconds. The first warms up."""
     spent = {name: [] for name in jobs}
     for _ in range(2 if quick else times + 1):
         for name, job in jobs.items():
@@ -593,7 +595,7 @@ def alternated(jobs, times, seconds=math.inf):
     return {name: 1e3 * statistics.median(values[1:] or values) for name, values in spent.items()}
 
 def training_ms(runs, skip):
-    """{name: Run} -> {name: median milliseconds of a training step}, in turn, without a log's first intervals."""
+    """{name: Run} -> {name: median milliseconds of a step}, in turn, without a log's first intervals."""
     spent = {name: [] for name in runs}
     for _, (name, run) in itertools.product(range(1 if quick else rounds), runs.items()):
         with tempfile.TemporaryDirectory() as folder:
@@ -697,8 +699,8 @@ def suite_wkv():
     return {**cpu, "reached": reached, "kernels": kernels, "ms": ms, "cold_build_s": build, "help_s": helped}
 
 def suite_step():
-    """L=2, C=128, N=32, T=64, 32 rows, by back end and micro-batch. The first row is what the published script
-    does: a loop over all 64 tokens; the others leave out the columns that are padding in every row."""
+    """L=2, C=128, N=32, T=64, 32 rows, by back end and micro-batch. The first row is what the published
+    script does: a loop over all 64 tokens; the others leave out the columns that are padding in every row."""
     kinds = {"loop, 4 x 8, all 64 tokens": ("loop", 8, 0), "loop, 4 x 8": ("loop", 8, 1),
              "torch, 4 x 8": ("torch", 8, 1), "cpp, 4 x 8": ("cpp", 8, 1), "cpp, 1 x 32": ("cpp", 32, 1)}
     runs = {}
@@ -732,8 +734,9 @@ def directions():
     return {"causal": base, **blocks, "bidirectional": two_way, BASELINE: attention_baseline(two_way)}
 
 def flops_per_token(cfg, T):
-    """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan (S a,
-    the decay, two outer products, S r), 4 C T for attention over T keys; not elementwise work, norms, embedding."""
+    """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan
+    (S a, the decay, two outer products, S r), 4 C T for attention over T keys; elementwise work, norms and
+    the embedding are left out."""
     C, mixers = cfg.n_embd, nets.pattern(cfg)
     total = 2 * C * cfg.vocab_size + len(mixers) * 4 * C * (cfg.dim_ffn or 4 * C)
     for layer, mixer in enumerate(mixers):
@@ -797,7 +800,7 @@ def block_networks(**sizes):
     return {"rwkv7, carried state": rwkv, "attention, cache": attention_baseline(rwkv, "block")}
 
 def block_job(net, B, context):
-    """A function that makes a block of 32 tokens after `context`, by 8 calls and a clean pass; and its cache."""
+    """A function that makes 32 tokens after `context`, by 8 calls and a clean pass; and its cache."""
     device, state = net.emb.weight.device, None
     text = torch.randint(net.mask_id, (B, context), device=device)
     mask = torch.full((B, 32), net.mask_id, device=device)
@@ -914,8 +917,8 @@ class Official(torch.autograd.Function):
         return None, *grads
 
 def official_kernels(folder):
-    """RWKV-LM's own training kernels from a checkout -> {name: function of wkv7's r, w, k, v, a, b}: head size 64,
-    T a multiple of 16, bfloat16; their w goes through a sigmoid. ValueError where a file is missing."""
+    """RWKV-LM's own training kernels from a checkout -> {name: function of wkv7's r, w, k, v, a, b}: head
+    size 64, T a multiple of 16, bfloat16; their w goes through a sigmoid. ValueError if a file is missing."""
     from torch.utils.cpp_extension import load
     flags = ["-O3", "--use_fast_math", "--extra-device-vectorization", "-D_N_=64", "-D_CHUNK_LEN_=16"]
     found, cuda = {}, os.path.join(folder, "RWKV-v7", "train_temp", "cuda")
@@ -939,12 +942,12 @@ def recurrences(device):
         print(f"  fla's chunk_rwkv7 is not measured: {e} (pip install flash-linear-attention)")
     if rwkv_lm:
         return found | official_kernels(rwkv_lm)
-    print("  RWKV-LM's kernels are not measured: --rwkv_lm=FOLDER is a checkout of github.com/BlinkDL/RWKV-LM")
+    print("  RWKV-LM's kernels are not measured: give a checkout of github.com/BlinkDL/RWKV-LM as --rwkv_lm")
     return found
 
 def gpu_recurrence(limits, device):
-    """Forward for inference, forward and backward for training. Bytes are those that must move at least (inputs,
-    output, gradients, what forward keeps), FLOPs 9 N per channel forward and 19 N backward, nothing twice."""
+    """Forward for inference, forward and backward for training. Bytes are those that must move at least
+    (inputs, output, gradients, what forward keeps), FLOPs 9 N per channel forward and 19 N backward."""
     B, H, N = (1, 2, 64) if quick else (8, 32, 64)
     impls, found = recurrences(device), {}
     for T in (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384):
@@ -958,11 +961,11 @@ def gpu_recurrence(limits, device):
             for way, (job, moved, flops) in ways.items():
                 per_s = size / gpu_ms(job, device) * 1e3
                 speed = dict(ms=size / per_s * 1e3, bytes_per_s=moved * per_s, flops=flops * N * per_s)
-                shares = {f"share_of_{key}": speed[key] / limit for key, limit in limits.items()}
+                shares = {f"{key}_share": speed[key] / limit for key, limit in limits.items()}
                 found[f"{name}, {way}, T={T}"] = speed | shares
     table(f"wkv7 at (B,T,H,N) = ({B},T,{H},{N}), bfloat16",
           "back end | ms | B/s | of a copy | FLOP/s | of a matrix product",
-          "{ms:.3f} | {bytes_per_s:.0G} | {share_of_bytes_per_s:.1%} | {flops:.2T} | {share_of_flops:.1%}", found)
+          "{ms:.3f} | {bytes_per_s:.0G} | {bytes_per_s_share:.1%} | {flops:.2T} | {flops_share:.1%}", found)
     return found
 
 def training_step(net, batch, T, device):
