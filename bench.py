@@ -54,7 +54,7 @@ only = ""                   # rows between ; (tasks: part of a name; text: pace 
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
-# ---- training runs ----
+# ---- training runs, their figures, tables ----
 
 class Run(NamedTuple):
     """A run of train.py. metrics: {figure: name in the last row of the log}; start: a run to start from."""
@@ -109,14 +109,9 @@ def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
             figures |= {key: last[metric] for key, metric in runs[name].metrics.items() if metric in last}
             found[name] = figures | measure(name, folder)
         write(suite, {"runs": found})
-        shown = (f"{key} {value}" for key, value in found[name].items() if not isinstance(value, list))
-        print(f"{name}: {', '.join(shown)}", flush=True)
+        shown = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in found[name].items()}
+        print(f"{name}: {', '.join(f'{k} {x}' for k, x in shown.items() if not isinstance(x, list))}", flush=True)
     return found
-
-def seeded(runs, seeds):
-    """{name: Run} with each of `seeds` seeds."""
-    return {f"{name}, seed {seed}": run._replace(options=[*run.options, f"--random_seed={seed}"])
-            for seed in range(1337, 1337 + seeds) for name, run in runs.items()}
 
 def by_name(found):
     """{"NAME, seed S": figures} -> {name: {figure: its values over the seeds}}."""
@@ -128,8 +123,6 @@ def by_name(found):
 
 def chosen(names):
     return [name for name in names if not only or name in only.split(";")]
-
-# ---- figures and tables ----
 
 def where(suite, /, processor="", vector=None, **_):
     """The file of a suite's figures, of speed by processor; a quick run must not replace measured ones."""
@@ -151,7 +144,7 @@ def earlier(suite):
         return {}
     with open(where(suite)) as f:
         found = json.load(f)
-    runs = found.get("runs") or found.get("rows") or found["acc"]      # of older files
+    runs = next(found[key] for key in ("runs", "rows", "acc") if key in found)         # the last two: older files
     if isinstance(runs, dict):
         return runs
     seeds = {}
@@ -209,7 +202,7 @@ def plot(name, title, curves):
     figure.savefig(path, dpi=100)
     print(f"  curves: {path}")
 
-# ---- quality: tasks ----
+# ---- quality ----
 
 def suite_published():
     """One seed, accuracy by step."""
@@ -251,18 +244,16 @@ def suite_tasks():
         shown = f"{task}, {steps} steps, {option}"
         published[shown] = accuracy
         options = [f"--{task}_task=1", f"--{option}", f"--max_iters={steps}", "--eval_interval=100000"]
-        if only in name:
-            metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
-            runs |= seeded({shown: Run(options, metrics)}, 1 if quick else seeds)
-    found, rows = quality("tasks", runs), {}
+        metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+        for seed in range(1337, 1337 + (1 if quick else seeds)):
+            runs[f"{shown}, seed {seed}"] = Run([*options, f"--random_seed={seed}"], metrics)
+    found, rows = quality("tasks", runs, names=[name for name in runs if only in name]), {}
     for name, run in by_name(found).items():
         acc, exact = spread(run["acc"]), spread(run["exact"])
         rows[name] = dict(seeds=len(run["acc"]), acc=acc, exact=exact, published=published.get(name, ""))
     table("default settings, mean ± standard deviation over seeds",
           "task | seeds | accuracy | exact | published", "{seeds} | {acc} | {exact} | {published}", rows)
     return {"runs": found}
-
-# ---- quality: text ----
 
 BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
 
@@ -319,9 +310,9 @@ def suite_text():
     networks = {name: [*common, *small, *options.split()] for name, options in text_networks().items()}
     runs = {}
     for steps, seeds in budgets.items():
-        for name in chosen(networks):
-            run = Run([*networks[name], f"--max_iters={steps}"], BITS)
-            runs |= seeded({f"{name}, {steps} steps": run}, seeds)
+        for seed, name in itertools.product(range(1337, 1337 + seeds), chosen(networks)):
+            options = [*networks[name], f"--max_iters={steps}", f"--random_seed={seed}"]
+            runs[f"{name}, {steps} steps, seed {seed}"] = Run(options, BITS)
     found, rows, errors = quality("text", runs), {}, {}
     for name, run in by_name(found).items():
         network, budget = name.rsplit(", ", 1)
@@ -339,8 +330,6 @@ def suite_text():
     pace = training_ms(pace, skip=2)
     table_of_ms("a training step alone on the machine, in turn, ms", pace, "{ms:.0f}")
     return {"runs": found, "ms": pace}
-
-# ---- quality: Gaussian diffusion ----
 
 def bigram_kl(x, y):
     """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
@@ -448,8 +437,6 @@ def denoising_ms():
         diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), **options)
     jobs = {name: functools.partial(job, nets.Denoiser(cfg).eval()) for name, cfg in configs.items()}
     return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
-
-# ---- quality: texts with latents ----
 
 # of the latents of texts
 VARIANTS = {"": lambda z: z, "_shuffled": lambda z: z.roll(1, 0), "_no_latent": torch.zeros_like}
@@ -791,8 +778,6 @@ def suite_direction():
           "ms (multiple of attention's)",
           " | ".join(["network", *base]), " | ".join(f"{{{T}}}" for T in base), rows)
     return {**processor(), "ms": ms}
-
-# ---- speed of generation ----
 
 def block_networks(**sizes):
     """RWKV-7 in blocks of 32 tokens, and attention with as many parameters -> {name: ModelConfig}."""
