@@ -110,7 +110,8 @@ def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
             found[name] = figures | measure(name, folder)
         write(suite, {"runs": found})
         shown = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in found[name].items()}
-        print(f"{name}: {', '.join(f'{k} {x}' for k, x in shown.items() if not isinstance(x, list))}", flush=True)
+        shown = [f"{key} {x}" for key, x in shown.items() if not isinstance(x, list)]
+        print(f"{name}: {', '.join(shown)}", flush=True)
     return found
 
 def by_name(found):
@@ -144,7 +145,7 @@ def earlier(suite):
         return {}
     with open(where(suite)) as f:
         found = json.load(f)
-    runs = next(found[key] for key in ("runs", "rows", "acc") if key in found)         # the last two: older files
+    runs = next(found[key] for key in ("runs", "rows", "acc") if key in found)      # rows, acc: older files
     if isinstance(runs, dict):
         return runs
     seeds = {}
@@ -370,8 +371,8 @@ def gaussian_runs():
                "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
                "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
                "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
-    same = f"{gaussian} --max_iters=200 --eval_interval=40"
-    return whole, {name: f"{same} {change}" for name, change in changes.items()}
+    short = f"{gaussian} --max_iters=200 --eval_interval=40"
+    return whole, {name: f"{short} {change}" for name, change in changes.items()}
 
 def suite_gaussian():
     """What rounds rightly by noise level, and how far samples' bigrams are from those of held-out text."""
@@ -379,11 +380,10 @@ def suite_gaussian():
     source = data.TextSource(data_path, length, "char")
     held_out = source.eval_rows(len(source.val) // length)[0]
     whole, parts = gaussian_runs()
-    metrics = ["bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0))]
+    metrics = {name: name for name in ("bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0)))}
     more = [f"--data_path={data_path}"]
     if quick:
         more += ["--batch_size=4", "--eval_iters=1", "--max_iters=10"]
-    metrics = {metric: metric for metric in metrics}
     runs = {name: Run(options.split() + more, metrics) for name, options in (whole | parts).items()}
     names = ["gaussian, seed 1337", "masked", "mse alone"] if quick else chosen(runs)
 
@@ -812,7 +812,8 @@ def suite_generate():
         whole = torch.randint(256, (B, context + 32))
         mine = {name: block_job(net, B, context) for name, net in networks.items()}
         mine["rwkv7, all again"] = functools.partial(networks["rwkv7, carried state"], whole), whole
-        for name, (jobs[f"{name}, {end}"], cache) in mine.items():
+        for name, (job, cache) in mine.items():
+            jobs[f"{name}, {end}"] = job
             found[f"{name}, {end}"] = {"rows": B, "cache_bytes": nets.state_bytes(cache)}
     for name, ms in alternated(jobs, 19, seconds=2).items():
         run, ms = found[name], ms * (8 if "again" in name else 1)
@@ -953,10 +954,11 @@ def gpu_recurrence(limits, device):
           "{ms:.3f} | {bytes_per_s:.0G} | {bytes_per_s_share:.1%} | {flops:.2T} | {flops_share:.1%}", found)
     return found
 
-def training_step(net, batch, T, device):
-    """A function that takes a step: masked tokens, AdamW, bfloat16 products, torch.compile."""
-    x = torch.randint(net.mask_id, (batch, T), device=device)
-    masked = torch.rand(batch, T, device=device) < 0.5
+def training_step(cfg, batch, T, device):
+    """(milliseconds, bytes of memory) of a step: masked tokens, AdamW, bfloat16 products, torch.compile."""
+    with torch.device(device):
+        net = nets.Denoiser(cfg)
+        x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
     torch.compiler.reset()                 # what has been compiled for other networks counts towards a limit
     nets.compile_blocks(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
@@ -967,7 +969,9 @@ def training_step(net, batch, T, device):
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    step()
+    torch.accelerator.reset_peak_memory_stats()
+    return gpu_ms(step, device), torch.accelerator.max_memory_allocated()
 
 def gpu_training(size, T, limits, device):
     """Networks of about 124 M or 1.5 B parameters, rows of T tokens. MFU is against the matrix product."""
@@ -981,15 +985,11 @@ def gpu_training(size, T, limits, device):
         torch.accelerator.empty_cache()
         started = time.perf_counter()
         try:
-            with torch.device(device):
-                step = training_step(nets.Denoiser(cfg), tokens // T, T, device)
-            step()
-            torch.accelerator.reset_peak_memory_stats()
-            ms = gpu_ms(step, device)
+            ms, memory = training_step(cfg, tokens // T, T, device)
         except torch.OutOfMemoryError:
             print(f"  {size} {name}: {tokens // T} x {T} tokens do not fit this GPU", flush=True)
             continue
-        speed, memory = tokens / ms * 1e3, torch.accelerator.max_memory_allocated()
+        speed = tokens / ms * 1e3
         mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
         found[name] = dict(parameters=parameters(cfg), ms=ms, tokens_per_s=speed, memory_bytes=memory,
                            GiB=memory / 2**30, mfu=mfu, s=time.perf_counter() - started)
@@ -1005,10 +1005,13 @@ def gpu_generation(limits, device):
     L, C, N, V, context = (2, 64, 16, 256, 64) if quick else (12, 768, 64, 50304, 1024)
     networks = block_networks(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True)
     found = {}
-    for (name, cfg), B in itertools.product(networks.items(), (1, 2 if quick else 32)):
-        with torch.device(device), torch.autocast(torch.device(device).type, torch.bfloat16):
-            ms = gpu_ms(block_job(nets.Denoiser(cfg).eval(), B, context)[0], device)
-        found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * 32 / ms * 1e3)
+    for name, cfg in networks.items():
+        with torch.device(device):
+            net = nets.Denoiser(cfg).eval()
+        for B in (1, 2 if quick else 32):
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                ms = gpu_ms(block_job(net, B, context)[0], device)
+            found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * 32 / ms * 1e3)
     table("one block of 32 tokens", "network | ms | tokens/s", "{ms:.1f} | {tokens_per_s:.0f}", found)
     return found
 
