@@ -761,14 +761,15 @@ def counted_flops(cfg, T):
 def suite_flops():
     if reason := wkv_cuda.build("cpp"):
         raise ValueError(f"the count runs the C++ kernel: {reason}")
-    found, lengths = {}, (512, 2048, 8192)
+    found, rows, lengths = {}, {}, (512, 2048, 8192)
     for name, cfg in directions().items():
-        flops = {f"T={T}": flops_per_token(cfg, T) for T in lengths}
-        off = [abs(counted_flops(cfg, T) / flops[f"T={T}"] - 1) for T in (lengths[:1] if quick else lengths)]
-        found[name] = {"parameters": parameters(cfg), **flops, "off": max(off)}
+        flops = {T: flops_per_token(cfg, T) for T in lengths}
+        off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in (lengths[:1] if quick else lengths))
+        found[name] = {"flops": flops, "off": off}
+        rows[name] = {"parameters": parameters(cfg), "off": off, **{f"T={T}": flops[T] for T in lengths}}
     table("FLOPs per token, one denoising step",
           "network | parameters | T=512 | T=2048 | T=8192 | counted run differs by",
-          "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", found)
+          "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", rows)
     return {"rows": found}
 
 @torch.inference_mode()
@@ -778,12 +779,14 @@ def suite_direction():
         x = torch.randint(256, (1, T))
         jobs = {name: functools.partial(net, x) for name, net in networks.items()}
         for name, spent in alternated(jobs, max(3, rounds * 12288 // (T + 512))).items():
-            ms.setdefault(name, {})[f"T={T}"] = spent
+            ms.setdefault(name, {})[T] = spent
     base = ms[BASELINE]
-    rows = {name: {T: f"{t:.1f} ({t / base[T]:.2f}x)" for T, t in row.items()} for name, row in ms.items()}
+    rows = {}
+    for name, row in ms.items():
+        rows[name] = {f"T={T}": f"{t:.1f} ({t / base[T]:.2f}x)" for T, t in row.items()}
     table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: "
           "ms (multiple of attention's)",
-          " | ".join(["network", *base]), " | ".join(f"{{{T}}}" for T in base), rows)
+          " | ".join(["network", *rows[BASELINE]]), " | ".join(f"{{{T}}}" for T in rows[BASELINE]), rows)
     return {**processor(), "ms": ms}
 
 def block_networks(**sizes):
