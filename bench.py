@@ -1,25 +1,27 @@
-"""Measure: speed of the recurrence and of a training step, quality on the synthetic tasks. Tables on the screen and in bench/.
+"""Measure speed and quality: tables on the screen, figures in bench/.
 
-    python bench.py --suite=wkv         the recurrence: token loop, plain torch, C++ kernel; cold build of the kernel
+    python bench.py --suite=wkv         the recurrence by token loop, plain torch and C++, all kernels
     python bench.py --suite=step        a training step of the main job, against the token loop
-    python bench.py --suite=published   the published command lines, DW_JRT=0 and 1, beside the published figures
+    python bench.py --suite=published   the published command lines, beside the published figures
     python bench.py --suite=tasks       the published tasks with this repository's defaults
-    python bench.py --suite=flops       FLOPs per token of every direction and the attention twin, checked against a counted run
-    python bench.py --suite=ablation    fusions and conditionings of the two-way network on a small text run
-    python bench.py --suite=text        bits per character of ar, blocks, two-way, seeded and attention networks, three budgets
-    python bench.py --suite=generate    what a generated block costs after 512 to 65,536 tokens of context
-    python bench.py --suite=gaussian    Gaussian diffusion, one part of the recipe changed at a time, beside masked diffusion
-    python bench.py --suite=latent      texts with latents: both directions, Stage II, language kept, prefix against embedding diffusion
-    python bench.py --suite=direction   milliseconds of one denoising step of the same
-    python bench.py --suite=gpu         on a GPU: kernels against the float64 twins, their speed beside the GPU's own limits, training, generation
+    python bench.py --suite=flops       FLOPs per token in every direction, against a counted run
+    python bench.py --suite=ablation    fusions and conditionings of a small two-way network on text
+    python bench.py --suite=text        bits per character of networks of at most 1.05 M parameters
+    python bench.py --suite=generate    what a block costs after 512 to 65,536 tokens of context
+    python bench.py --suite=gaussian    Gaussian diffusion, one part changed at a time; masked diffusion
+    python bench.py --suite=latent      texts with latents: both directions, Stage II, language kept
+    python bench.py --suite=direction   milliseconds of one denoising step of the networks of --suite=flops
+    python bench.py --suite=gpu         kernels against float64, speed and its limits, training, generation
+
+A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
 """
 from configurator import stoppable
 
 if __name__ == "__main__":
     stoppable()
 import contextlib
-import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -30,6 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -42,49 +47,147 @@ from configurator import configure, one_line_errors
 # ---- settings ----
 suite = "step"              # which table
 rounds = 3                  # [1, 1000] how often speed is measured, in turn; the median is shown
-data_path = ""              # ablation, text: the text; empty = Python's standard library
+data_path = ""              # ablation, text, gaussian, latent: the text; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
-only = ""                   # these rows, separated by ; (tasks: rows whose name holds it; text: pace = step times; gpu: parts)
+only = ""                   # rows between ; (tasks: part of a name; text: pace = step times; gpu: parts)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 
+# ---- training runs, their figures, tables ----
 
-def train(*options, env=None, folder):
-    """Run train.py and return its log: a list of dicts. RuntimeError with its last lines if it fails."""
-    command = [sys.executable, "train.py", f"--out_dir={folder}", f"--threads={threads}", "--log_sample=0", *options]
-    done = subprocess.run(command, env=os.environ | {"WKV_IMPL": "auto"} | (env or {}), capture_output=True, text=True)
+class Run(NamedTuple):
+    """A run of train.py. metrics: {figure: name in the last row of the log}; start: a run to start from."""
+    options: list
+    metrics: dict = {}
+    start: str = ""
+    env: dict = {}
+
+def train(options, folder, env={}):
+    """Run train.py. ValueError for a wrong setting, RuntimeError with the last lines for what else fails."""
+    command = [sys.executable, "train.py", f"--out_dir={folder}", f"--threads={threads}", "--log_sample=0"]
+    env = os.environ | {"WKV_IMPL": "auto"} | env
+    done = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-400:]}")
+        raise RuntimeError(f"{' '.join([*command, *options])} failed: {done.stderr[-400:]}")
+
+def read_log(folder, event=""):
+    """All rows of a run's log, or those of one event."""
     with open(os.path.join(folder, "log.jsonl")) as f:
-        return [json.loads(line) for line in f]
+        return [row for row in map(json.loads, f) if event in ("", row["event"])]
 
+def step_ms(folder):
+    """Milliseconds per training step, by interval of the log."""
+    return [row["ms_per_step"] for row in read_log(folder, "train")]
 
-def step_ms(log):
-    """Milliseconds a step, by interval of the log."""
-    return [row["ms_per_step"] for row in log if row["event"] == "train"]
+def checkpoint(folder):
+    return os.path.join(folder, "ckpt.pt")
 
+def trained(runs, name, work):
+    """The folder of a run below `work`; it and its start are trained unless their checkpoints are there."""
+    folder, run = os.path.join(work, f"quick {name}" if quick else name), runs[name]
+    if not os.path.exists(checkpoint(folder)):
+        start = [f"--init_from={checkpoint(trained(runs, run.start, work))}"] if run.start else []
+        train(run.options + start, folder, run.env)
+    return folder
+
+def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
+    """Train those of `runs`, {name: Run}, that the suite's JSON file lacks, and keep there at once what their
+    logs say and measure() finds. names: only these, and what they start from; work: the folder where the runs
+    stay. -> {name: figures} of all in the file."""
+    found = earlier(suite)
+    for name in runs if names is None else names:
+        if name in found:
+            continue
+        with contextlib.nullcontext(work) if work else tempfile.TemporaryDirectory() as place:
+            folder = trained(runs, name, place)
+            first, *_, last = read_log(folder)
+            figures = {"parameters": first["parameters"], "active": first["active"]}
+            figures["ms"] = statistics.median(step_ms(folder))
+            figures |= {key: last[metric] for key, metric in runs[name].metrics.items() if metric in last}
+            found[name] = figures | measure(name, folder)
+        write(suite, {"runs": found})
+        shown = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in found[name].items()}
+        shown = [f"{key} {x}" for key, x in shown.items() if not isinstance(x, list)]
+        print(f"{name}: {', '.join(shown)}", flush=True)
+    return found
+
+def by_name(found):
+    """{"NAME, seed S": figures} -> {name: {figure: its values over the seeds}}."""
+    names = {}
+    for name, figures in found.items():
+        for key, value in figures.items():
+            names.setdefault(name.rpartition(", seed ")[0], {}).setdefault(key, []).append(value)
+    return names
+
+def chosen(names):
+    return [name for name in names if not only or name in only.split(";")]
+
+def where(suite, /, processor="", vector=None, **_):
+    """The file of a suite's figures, of speed by processor; a quick run must not replace measured ones."""
+    kind = processor if vector is None else f"{processor} {32 * vector} bit"
+    parts = [suite, re.sub("[^a-z0-9]+", "-", kind.lower()), "quick" if quick else "", "json"]
+    return os.path.join(out, ".".join(filter(None, parts)))
+
+def write(suite, result):
+    """Keep a suite's figures as JSON -> its path."""
+    os.makedirs(out, exist_ok=True)
+    head = {"suite": suite, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    with open(where(suite, **result), "w") as f:
+        json.dump(head | result | head, f, indent=1)
+    return f.name
+
+def earlier(suite):
+    """{name: figures} of the runs of an earlier, perhaps unfinished suite."""
+    if quick or not os.path.exists(where(suite)):
+        return {}
+    with open(where(suite)) as f:
+        found = json.load(f)
+    runs = next(found[key] for key in ("runs", "rows", "acc") if key in found)      # rows, acc: older files
+    if isinstance(runs, dict):
+        return runs
+    seeds = {}
+    for row in runs:
+        for seed, (acc, exact) in enumerate(zip(row["acc"], row["exact"]), 1337):
+            name = f"{row['task']}, {row['steps']} steps, {row['options'][0][2:]}, seed {seed}"
+            seeds[name] = {"acc": acc, "exact": exact}
+    return seeds
 
 def spread(values):
     """Mean and standard deviation as text."""
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
+class Figure(float):
+    """A number that can be formatted with a unit: f"{Figure(981120):.2M}" is "0.98 M"."""
+    def __format__(self, form):
+        scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(form[-1:])
+        return f"{self / scale:{form[:-1]}f} {form[-1]}" if scale else super().__format__(form or "g")
 
-def table(title, head, rows):
-    """Print aligned columns."""
-    cells = [head] + [[str(c) for c in row] for row in rows]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
+def table(title, head, cells, rows):
+    """Print {name: {figure: value}}. head, cells: titles and formats of the columns, separated by |; {0} in a
+    format is the dict of figures. A cell whose figures are missing stays empty."""
+    lines = [head.split(" | ")]
+    for name, figures in rows.items():
+        known = {key: Figure(x) if isinstance(x, (int, float)) else x for key, x in figures.items()}
+        lines.append([name])
+        for cell in cells.split(" | "):
+            try:
+                lines[-1].append(cell.format(known, **known))
+            except KeyError:
+                lines[-1].append("")
+    left, *widths = (max(map(len, column)) for column in zip(*lines))
     print(f"\n{title}")
-    for row in cells:
-        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))), flush=True)
+    for name, *row in lines:
+        print("  ".join(["", name.ljust(left), *map(str.rjust, row, widths)]), flush=True)
 
+def table_of_ms(title, ms, form="{ms:.1f}"):
+    table(title, "network | ms", form, {name: {"ms": value} for name, value in ms.items()})
 
-def plot(name, title, xlabel, curves, **axes):
-    """{label: (xs, ys)} as out/NAME.png, if matplotlib is there."""
-    if not curves:
-        return
+def plot(name, title, curves):
+    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
     try:
         import matplotlib
     except ImportError:
@@ -92,221 +195,554 @@ def plot(name, title, xlabel, curves, **axes):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (label, (xs, ys)) in enumerate(curves.items()):
-        ax.plot(xs, ys, "-" if i < 10 else "--", label=label)        # there are ten colours
-    ax.set(title=title, xlabel=xlabel, **axes)
+    for i, (label, (steps, values)) in enumerate(curves.items()):
+        ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
+    ax.set(title=title, xlabel="step")
     ax.legend(fontsize=7, ncols=2)
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, f"{name}{'.quick' * quick}.png")
+    path = where(name).removesuffix("json") + "png"
     figure.savefig(path, dpi=100)
     print(f"  curves: {path}")
 
+# ---- quality ----
+
+def suite_published():
+    """One seed, accuracy by step."""
+    published = {"200": (0.5181, 0.6191), "400": (0.3281, 0.6531), "600": (0.5494, 0.7262),
+                 "800": (0.5525, 0.8153), "999": (0.5444, 0.9244)}
+    shorter = 20 if quick else 1
+    settings = ("STRUCT_TASK=1 STRUCT_EVAL=1 STRUCT_LEN=8 TRAIN=1 GEN_TOKENS=1 SEQ_LEN=64 N_LAYER=2 "
+                f"N_EMBD=128 HEAD_SIZE=32 BATCH_SIZE=32 DEVICE_BSZ=8 MAX_ITERS={1000 // shorter} "
+                f"EVAL_ITERS=20 EVAL_INTERVAL={200 // shorter} WARMDOWN_ITERS=200 DW_JRT_SCALE=20")
+
+    def measure(name, folder):
+        return {str(row["step"] * shorter): row["struct_acc"] for row in read_log(folder, "eval")}
+    with tempfile.TemporaryDirectory() as weights:
+        runs = {jrt: f"{settings} DW_JRT={jrt} WEIGHTS_PATH={weights}/{jrt}.pt" for jrt in "01"}
+        runs = {jrt: Run([], env=dict(pair.split("=") for pair in env.split())) for jrt, env in runs.items()}
+        found = quality("published", runs, measure)
+    rows = {}
+    for step, (old0, old1) in published.items():
+        new0, new1 = (found[jrt]["1000" if step == "999" else step] for jrt in "01")
+        rows[step] = dict(old0=old0, old1=old1, new0=new0, new1=new1)
+    table("struct acc, published command lines",
+          "step | DW_JRT=0 published | here | DW_JRT=1 published | here",
+          "{old0} | {new0:.4f} | {old1} | {new1:.4f}", rows)
+    return {"runs": found}
+
+def suite_tasks():
+    """Accuracy and exact match on the fixed evaluation set."""
+    tasks = {  # name: seeds, published accuracy
+        "struct, 1000 steps, dw_jrt=1": (3, "0.5919 / 0.0000"), "struct, 200 steps, dw_jrt=1": (3, "0.7450"),
+        "rightcopy, 200 steps, dw_jrt=1": (3, "0.7181"), "rightrev, 200 steps, dw_jrt=1": (3, "0.7731"),
+        "index, 1000 steps, dw_jrt=1": (1, "0.34 (200 steps)"),
+        "add, 1000 steps, dw_jrt=1": (1, "0.11 (200 steps)"),
+        "struct, 1000 steps, objective=gaussian": (3, ""),
+        "struct, 200 steps, direction=bidirectional": (3, ""),
+        "rightcopy, 200 steps, direction=bidirectional": (3, ""),
+        "rightrev, 200 steps, direction=bidirectional": (3, "")}
+    runs, published = {}, {}
+    for name, (seeds, accuracy) in tasks.items():
+        task, steps, option = name.split(", ")
+        steps = int(steps.split()[0]) // (20 if quick else 1)
+        shown = f"{task}, {steps} steps, {option}"
+        published[shown] = accuracy
+        options = [f"--{task}_task=1", f"--{option}", f"--max_iters={steps}", "--eval_interval=100000"]
+        metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+        for seed in range(1337, 1337 + (1 if quick else seeds)):
+            runs[f"{shown}, seed {seed}"] = Run([*options, f"--random_seed={seed}"], metrics)
+    found, rows = quality("tasks", runs, names=[name for name in runs if only in name]), {}
+    for name, run in by_name(found).items():
+        acc, exact = spread(run["acc"]), spread(run["exact"])
+        rows[name] = dict(seeds=len(run["acc"]), acc=acc, exact=exact, published=published.get(name, ""))
+    table("default settings, mean ± standard deviation over seeds",
+          "task | seeds | accuracy | exact | published", "{seeds} | {acc} | {exact} | {published}", rows)
+    return {"runs": found}
+
+BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
+
+def suite_ablation():
+    """A spike is a gradient norm over twice the median of the ten steps before it, counted after step 50."""
+    common = ["--direction=bidirectional", "--n_layer=3", "--n_embd=128", "--seq_len=128", "--batch_size=16",
+              f"--max_iters={15 if quick else 300}", f"--eval_iters={2 if quick else 20}", "--log_interval=1",
+              "--eval_interval=100000", f"--data_path={data_path}"]
+    runs = {f"fusion={f}, tied={t}": Run([f"--fusion={f}", f"--tie_directions={t}", *common], BITS)
+            for f in nets.FUSIONS for t in (0, 1)}
+    runs |= {f"time_cond={c}": Run([f"--time_cond={c}", *common], BITS) for c in nets.TIME_CONDS}
+
+    def measure(name, folder):
+        steps = read_log(folder, "train")
+        norms = [row["grad_norm"] for row in steps]
+        spikes = sum(norms[i] > 2 * statistics.median(norms[i - 10:i]) for i in range(50, len(norms)))
+        losses = [round(row["loss"], 4) for row in steps]
+        return dict(spikes=spikes, loss=losses, grad_norm=[round(norm, 3) for norm in norms])
+    found, rows = quality("ablation", runs, measure), {}
+    for name, run in found.items():
+        norms = run["grad_norm"]
+        rows[name] = run | dict(last=statistics.mean(run["loss"][-50:]), largest=max(norms[50:] or norms))
+    table("bidirectional RWKV-7 on text, 300 steps (loss curves and gradient norms are in the JSON file)",
+          "setting | parameters | bits per character | last loss | spikes | largest norm | ms per step",
+          "{parameters:.0k} | {bits:.3f} ± {se:.3f} | {last:.3f} | {spikes} | {largest:.1f} | {ms:.0f}", rows)
+    return {"runs": found}
+
+def text_networks():
+    """{name: options beside config/shakespeare.py}."""
+    causal, two_way = "--direction=causal --ffn_shift=before", "--direction=bidirectional"
+    one_sided, deep = "--tie_directions=1 --ffn_shift=before", "--n_layer=8 --n_embd=96 --dim_ffn=352"
+    attention = "--mixer=attention --dim_ffn=683 --muon_lr=0.04"
+    blocks = {f"{objective} {n}": f"--objective={objective} --direction=block --block_size={n} {one_sided}"
+              for objective in ("block", "block_elbo") for n in (4, 16, 64)}
+    return {"ar": f"--objective=ar {causal}", **blocks, "b3d 16": f"--objective=b3d --block_size=16 {causal}",
+            "bidirectional, elbo": f"--objective=elbo {two_way} {one_sided}",
+            "bidirectional": f"{two_way} {one_sided}",
+            "bidirectional, ffn_shift=both": f"{two_way} --ffn_shift=both",
+            "bidirectional, ffn_shift=wide": f"{two_way} --ffn_shift=wide",
+            "causal + DW-JRT": f"{causal} --dw_jrt=1", "causal": causal,
+            "causal + DW-JRT, 8 layers": f"{causal} --dw_jrt=1 {deep}",
+            "causal, 8 layers": f"{causal} {deep}",
+            "causal + DW-JRT, scale 20": f"{causal} --dw_jrt=1 --dw_jrt_scale=20",
+            "causal + DW-JRT, open gates": f"{causal} --dw_jrt=1 --dw_jrt_alpha_init=2",
+            "attention": f"{attention} --ffn_shift=none",
+            "attention, ffn_shift=both": f"{attention} --ffn_shift=both",
+            "attention, ffn_shift=wide": f"{attention} --ffn_shift=wide"}
+
+def suite_text():
+    """T=128, 64 rows per step; and the step times of the two networks that are compared at equal time."""
+    budgets = {15: 1} if quick else {600: 3, 300: 1, 150: 1}         # steps: seeds
+    common = ["config/shakespeare.py", f"--data_path={data_path}", "--eval_interval=100000"]
+    small = ["--batch_size=4", "--eval_iters=2"] if quick else []
+    networks = {name: [*common, *small, *options.split()] for name, options in text_networks().items()}
+    runs = {}
+    for steps, seeds in budgets.items():
+        for seed, name in itertools.product(range(1337, 1337 + seeds), chosen(networks)):
+            options = [*networks[name], f"--max_iters={steps}", f"--random_seed={seed}"]
+            runs[f"{name}, {steps} steps, seed {seed}"] = Run(options, BITS)
+    found, rows, errors = quality("text", runs), {}, {}
+    for name, run in by_name(found).items():
+        network, budget = name.rsplit(", ", 1)
+        errors[network] = errors.get(network, []) + run["se"]
+        row = rows.setdefault(network, {"parameters": run["parameters"][0]})
+        row |= {budget: spread(run["bits"]), "se": statistics.mean(errors[network])}
+    budgets = [f"{steps} steps" for steps in budgets]
+    table("bits per character, mean ± standard deviation over seeds; the evaluation's own standard error",
+          " | ".join(["network", "parameters", *budgets, "evaluation s.e."]),
+          " | ".join(["{parameters:.3M}", *(f"{{{budget}}}" for budget in budgets), "{se:.4f}"]), rows)
+    if only not in ("", "pace"):
+        return {"runs": found, "ms": {}}
+    more = ["--eval_iters=1", f"--max_iters={20 if quick else 50}"]
+    pace = {name: Run([*networks[name], *more]) for name in ("bidirectional, ffn_shift=wide", "attention")}
+    pace = training_ms(pace, skip=2)
+    table_of_ms("a training step alone on the machine, in turn, ms", pace, "{ms:.0f}")
+    return {"runs": found, "ms": pace}
+
+def bigram_kl(x, y):
+    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
+    to y's, for every pair of tokens that occur."""
+    V = int(max(x.max(), y.max())) + 1
+    pairs = ((z[:, :-1] * V + z[:, 1:]).flatten() for z in (x, y))
+    p, q = (torch.bincount(ids, minlength=V * V).double().view(V, V) for ids in pairs)
+    here = torch.cat([x.flatten(), y.flatten()]).unique()
+    p, q = p[here][:, here], q[here][:, here] + 0.1
+    p, q = p / p.sum(), q / q.sum()
+    return torch.xlogy(p, p / q).sum().item()
+
+def reopened(folder):
+    """The network of a run, and its DiffusionConfig."""
+    saved = nets.load_checkpoint(checkpoint(folder))
+    return nets.from_pretrained(folder, saved).eval(), diffusion.trained_with(saved["config"])
+
+@torch.no_grad()
+def sampled(folder, rows, length, sampler, steps):
+    """`rows` unconditional samples of a run -> ids (rows,length)."""
+    net, cfg = reopened(folder)
+    x, draws = torch.full((rows, length), net.mask_id), data.generator(1, 0, 3)
+    options = {"cfg": cfg} if sampler in diffusion.GAUSSIAN_STEPS else {}
+    return diffusion.SAMPLERS[sampler](net, x, x != net.mask_id, net.mask_id, draws, steps=steps, **options)
+
+def gaussian_runs():
+    """The whole runs, and those of 200 steps with one part changed: two dicts {name: options}."""
+    gaussian = "config/gaussian.py"
+    seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
+    # as many parameters and as much time as the 1000 steps of config/gaussian.py
+    whole = seeds | {"masked": "config/shakespeare.py --ffn_shift=both --max_iters=1400"}
+    changes = {"mixed, x0, cosine": "",
+               "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
+               "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
+               "linear": "--beta_schedule=linear", "sigmoid": "--beta_schedule=sigmoid",
+               "a prefix is given": "--mask_policy=suffix --drop_given=0", "all is noised": "--drop_given=1",
+               "curriculum": "config/gaussian_curriculum.py", "embeddings thaw": "config/gaussian_thaw.py",
+               "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
+               "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
+               "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
+    short = f"{gaussian} --max_iters=200 --eval_interval=40"
+    return whole, {name: f"{short} {change}" for name, change in changes.items()}
+
+def suite_gaussian():
+    """What rounds rightly by noise level, and how far samples' bigrams are from those of held-out text."""
+    rows, length = 4 if quick else 64, 128
+    source = data.TextSource(data_path, length, "char")
+    held_out = source.eval_rows(len(source.val) // length)[0]
+    whole, parts = gaussian_runs()
+    metrics = {name: name for name in ("bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0)))}
+    more = [f"--data_path={data_path}"]
+    if quick:
+        more += ["--batch_size=4", "--eval_iters=1", "--max_iters=10"]
+    runs = {name: Run(options.split() + more, metrics) for name, options in (whole | parts).items()}
+    names = ["gaussian, seed 1337", "masked", "mse alone"] if quick else chosen(runs)
+
+    def measure(name, folder):
+        evals = read_log(folder, "eval")
+        found = {"minutes": statistics.mean(step_ms(folder)) * evals[-1]["step"] / 6e4}
+        if name == "masked":
+            rules = {"topk": ("topk", 50), "first_hitting": ("first_hitting", 0)}
+        else:
+            counts = (10, 20, 50, 100, 200) if name == "gaussian, seed 1337" else (50,)
+            rules = {f"{n} steps": ("ddim", n) for n in counts} | {"ddpm": ("ddpm", 50)}
+            found["curve"] = [(row["step"], row["round_acc_0.5"]) for row in evals]
+            found["alarms"] = sum("alarm" in row for row in evals[1:])
+        for key, rule in rules.items():
+            found[f"kl, {key}"] = bigram_kl(sampled(folder, rows, length, *rule), held_out)
+        return found
+    found = quality("gaussian", runs, measure, names)
+    own = bigram_kl(source.train_rows(0, rows, 0, rows, 1)[0], held_out)
+    gaussian_tables(found, whole, parts, f"{rows} samples' bigrams from held-out text's, nats "
+                                         f"({rows} rows of training text: {own:.3f})")
+    speed = denoising_ms()
+    table_of_ms("50 denoising steps at N = 512, batch 1, ms per step", speed)
+    return {"runs": found, "speed": speed}
+
+def gaussian_tables(found, whole, parts, divergence):
+    same = {"kl, topk": "kl, 50 steps", "kl, first_hitting": "kl, ddpm"}     # they share a column
+    rows = {name: {same.get(key, key): value for key, value in run.items()} for name, run in found.items()}
+    titles = {f"whole runs; divergence of {divergence}": whole, "200 steps each, one part changed": parts}
+    for title, names in titles.items():
+        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | "
+              "divergence, ddim or topk | ddpm or one by one | alarms",
+              "{parameters:.2M} | {minutes:.1f} | {0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
+              "{0[round_acc_1.0]:.3f} | {kl, 50 steps:.3f} | {kl, ddpm:.3f} | {alarms}",
+              {name: run for name, run in rows.items() if name in names})
+    first = found.get("gaussian, seed 1337", {})
+    table("divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
+          {key[4:-6]: {"kl": kl} for key, kl in first.items() if key.endswith("steps")})
+    curves = {name: zip(*found[name]["curve"]) for name in parts if name in found}
+    if curves:
+        plot("gaussian", "tokens that round rightly at t = 0.5", curves)
+
+@torch.no_grad()
+def denoising_ms():
+    """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers."""
+    base = replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
+    biwkv, attention = replace(base, mixer="biwkv"), attention_baseline(base)
+    configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, BASELINE: attention}
+    x, options = torch.full((1, 512), 256), dict(cfg=diffusion.DiffusionConfig(), steps=5 if quick else 50)
+
+    def job(net):
+        diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), **options)
+    jobs = {name: functools.partial(job, nets.Denoiser(cfg).eval()) for name, cfg in configs.items()}
+    return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
+
+# of the latents of texts
+VARIANTS = {"": lambda z: z, "_shuffled": lambda z: z.roll(1, 0), "_no_latent": torch.zeros_like}
+
+def latent_runs(text, pairs):
+    """{name: Run}; the backbone learns from `text`, all others from the folder `pairs`."""
+    next_token, stage2 = "sequential --predict=next --ffn_shift=before", "stage2_variational"
+    rows = {"backbone": ("", "ar --direction=causal --ffn_shift=before"), "sequential": ("", "sequential"),
+            "stage1_coupling": ("", "stage1_coupling"), "l2t": ("", "l2t"), "t2l": ("", "t2l"),
+            "latent from text": ("", "sequential --latent_pred_from=text"),
+            "latent from prefix": ("", "sequential --latent_pred_from=prefix"),
+            "from the backbone": ("backbone", next_token),
+            "from the backbone, frozen": ("backbone", f"{next_token} --freeze_backbone=1"),
+            "embedding diffusion": ("", "gaussian --self_cond=1 --ema=0.99 --time_cond=add"),
+            "stage2, fixed prior": ("sequential", stage2),
+            "stage2, learned prior": ("sequential", f"{stage2} --latent_prior=learned"),
+            "stage2, pooled states": ("sequential", f"{stage2} --latent_encoder=rwkv_pool"),
+            "stage2, geometry": ("sequential", f"{stage2} --geom_weight=1")}
+    common = ["config/latent.py", f"--max_iters={10 if quick else 600}", "--eval_interval=100000"]
+    if quick:
+        common += ["--batch_size=4", "--eval_iters=2"]
+    runs = {name: Run([*common, f"--data_path={pairs}", *f"--objective={options}".split()], start=start)
+            for name, (start, options) in rows.items()}
+    runs["backbone"].options.append(f"--data_path={text}")
+    return runs
+
+def suite_latent():
+    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components
+    of their n-grams. The runs stay in OUT/local."""
+    work, n = os.path.join(out, "local"), 8 if quick else 64
+    pairs = os.path.join(work, "pairs.quick" if quick else "pairs")
+    if not data.has_pairs(pairs) and data.main(["latents", f"--data_path={data_path}", f"--out={pairs}"]):
+        raise RuntimeError("python data.py latents failed")
+    text = data_path or os.path.join(pairs, "text.txt")
+    source, held_out = data.PairSource(pairs, 128), data.TextSource(text, 128, "byte").eval_rows(n * 4)[0]
+    runs = latent_runs(text, pairs)
+
+    @torch.no_grad()
+    def measure(name, folder):
+        found = {}
+        if "backbone" in (name, runs[name].start):
+            found["perplexity"] = perplexity(folder, trained(runs, "backbone", work), held_out)
+        if name == "backbone":
+            return found
+        net, cfg = reopened(folder)
+        x, _, lengths, z = source.eval_rows(n * 2 if quick else 10**6)
+        if net.cfg.gaussian:
+            found |= gaussian_text_nats(net, cfg, x[:4 * n], z[:4 * n])
+        else:
+            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
+        found |= text_scores(net, cfg, source, x[:n], z[:n])
+        if not net.cfg.gaussian and name not in ("l2t", "t2l"):
+            found |= joint_scores(net, cfg, source, x, n)
+        return found
+    found = quality("latent", runs, measure, chosen(runs)[:3 if quick else None], work)
+    latent_tables(found)
+    return {"runs": found}
+
+def perplexity(folder, backbone, x):
+    """Of a byte of the texts x, of what is left in a run of its causal backbone."""
+    net = nets.Denoiser(nets.ModelConfig(**nets.load_checkpoint(checkpoint(backbone))["model_config"])).eval()
+    weights = nets.load_checkpoint(checkpoint(folder))["model"]
+    net.load_state_dict({key: w for key, w in weights.items() if key in net.state_dict()})
+    return diffusion.exact_nll(net, x, net.mask_id).mean().exp().item()
+
+def gaussian_text_nats(net, cfg, x, z):
+    """Of embedding diffusion, whose cross-entropy is not a bound: the mean over noise levels, per token."""
+    found, z, every = {}, diffusion.clean_latent(net, z), torch.ones_like(x, dtype=torch.bool)
+    for suffix, variant in VARIANTS.items():
+        draws = data.generator(1, 0, 2)
+        report, found["alarm"] = diffusion.gaussian_report(net, x, every, None, draws, cfg, latent=variant(z))
+        found[f"text_nats{suffix}"] = statistics.mean(v for key, v in report.items() if key.startswith("ce_"))
+    return found
+
+def text_scores(net, cfg, source, x, z):
+    """BLEU and chrF, in %, of texts sampled from latents against the texts x, if sacrebleu is there."""
+    try:
+        import sacrebleu
+    except ImportError:
+        return {}
+    if net.latent_encoder is not None:
+        z = net.posterior(x)[0]
+    found, truth, options = {}, [decoded(source, x)], dict(steps=50, temperature=0.5)
+    options["sampler"] = "ddim" if net.cfg.gaussian else "first_hitting"
+    for suffix, variant in VARIANTS.items():
+        ids = diffusion.sample_text_from_latent(net, variant(z), 128, data.generator(2, 0, 3), cfg, **options)
+        texts = decoded(source, ids)
+        found[f"bleu{suffix}"] = sacrebleu.corpus_bleu(texts, truth, force=True).score
+        found[f"chrf{suffix}"] = sacrebleu.corpus_chrf(texts, truth).score
+    return found
+
+def joint_scores(net, cfg, source, x, n):
+    """How n texts and latents sampled together fit: the share of the latents that are further from a text's
+    own than the one sampled with it; the divergence of the texts' bigrams from those of x."""
+    ids, z = diffusion.sample_joint(net, n, 128, data.generator(1, 0, 3), cfg, 64, temperature=0.7)
+    texts = decoded(source, ids)
+    if net.latent_encoder is not None:
+        own = net.posterior(ids)[0]
+    else:
+        grams = data.ngrams(texts, len(source.projection[0]))
+        own = torch.from_numpy(data.Projection(*source.projection)(grams))
+    far = torch.cdist(own, z)
+    nearer = (far.diagonal()[:, None] < far).sum(1) / (n - 1)
+    return {"joint_nearer": nearer.mean().item(), "joint_kl": bigram_kl(ids, x), "sample": texts[0]}
+
+def decoded(source, ids):
+    return list(map(source.tokenizer.decode, ids.tolist()))
+
+def latent_tables(found):
+    def having(key):
+        return {name: run for name, run in found.items() if key in run}
+
+    def variants(key, form):
+        return " / ".join(f"{{{key}{suffix}:{form}}}" for suffix in VARIANTS)
+    rows = having("text_nats")
+    for name, run in having("latent_mse").items():
+        rows[name] = run | {"of_mean": run["latent_mse"] / run["latent_mse_of_mean"]}
+    cells = ["{of_mean:.3f} | {latent_rank:.1%}", variants("text_nats", ".3f"), variants("bleu", ".1f"),
+             variants("chrf", ".1f"), "{joint_nearer:.0%} | {joint_kl:.3f}"]
+    table("texts and latents, validation split (right latent / shuffled / none)",
+          "run | latent MSE of mean's | median rank | text, nats per token | BLEU | chrF | joint nearer | "
+          "bigram KL", " | ".join(cells), rows)
+    table("Stage II", "run | KL, nats per text | active units | text, nats per token: z / none",
+          "{kl:.2f} | {active_units} | {text_nats:.3f} / {text_nats_no_latent:.3f}", having("kl"))
+    rows = having("perplexity")
+    table("perplexity per byte, causal backbone", "run | perplexity", "{perplexity:.2f}", rows)
+    for name, run in having("sample").items():
+        print(f"  --- {name}: {run['sample']!r}")
+
+# ---- speed on a CPU ----
+
+BASELINE = "attention baseline"
+
+def alternated(jobs, times, seconds=math.inf):
+    """{name: function} -> {name: median milliseconds of a call}. They are called in turn, so that a slow
+    spell of the machine hits all, so many times or until they took so many seconds. The first warms up."""
+    spent = {name: [] for name in jobs}
+    for _ in range(2 if quick else times + 1):
+        for name, job in jobs.items():
+            if sum(spent[name]) < seconds:
+                spent[name].append(timeit.timeit(job, number=1))
+    return {name: 1e3 * statistics.median(values[1:] or values) for name, values in spent.items()}
+
+def training_ms(runs, skip):
+    """{name: Run} -> {name: median milliseconds of a step}, in turn, without a log's first intervals."""
+    spent = {name: [] for name in runs}
+    for _, (name, run) in itertools.product(range(1 if quick else rounds), runs.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            train(run.options, folder, run.env)
+            spent[name] += step_ms(folder)[skip:]
+    return {name: statistics.median(values) for name, values in spent.items()}
 
 def processor():
-    """What figures of speed must be read beside: the processor, floats in one of its vectors, and its measured peak with the threads at hand,
-    FLOP/s in float32 of multiply-adds on registers; zeros where there is no C++ kernel."""
-    with contextlib.suppress(OSError, StopIteration):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith(("model name", "CPU part")))
-    found = {"processor": locals().get("name") or platform.processor() or platform.machine(), "vector": 0, "peak_flops": 0.0}
+    """The processor, floats in one of its vectors, and its measured peak with the threads at hand, FLOP/s in
+    float32 of multiply-adds on registers; zeros where there is no C++ kernel."""
+    found = {"processor": platform.processor() or platform.machine(), "vector": 0, "peak_flops": 0.0}
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as f:
+        line = next(line for line in f if line.startswith(("model name", "CPU part")))
+        found["processor"] = line.split(":")[1].strip()
     if wkv_cuda.build("cpp"):
         return found
     from wkv_cuda.loader import call
-    n, pieces, best = 10**5 if quick else 10**7, torch.get_num_threads(), math.inf
-    sums = torch.full((pieces, 16), torch.nan)
-    for _ in range(5):
-        start = time.perf_counter()
-        call("peak", (pieces, n), (sums,))
-        best = min(best, time.perf_counter() - start)
+    n, workers = 10**5 if quick else 10**7, torch.get_num_threads()
+    sums = torch.full((workers, 16), torch.nan)
+    seconds = min(timeit.repeat(lambda: call("peak", (workers, n), (sums,)), number=1))
     width = int(sums[0].isfinite().sum())
     chains = 12 if width == 8 or width == 4 and platform.machine() == "x86_64" else 24
-    return found | {"vector": width, "peak_flops": 2 * chains * width * pieces * n / best}
+    peak = 2 * chains * width * workers * n / seconds
+    print(f"\n  {found['processor']}, vectors of {width} floats, fp32 peak {peak / 1e9:.0f} GFLOP/s")
+    return found | {"vector": width, "peak_flops": peak}
 
-
-SIZES = {"main job": (32, 64, 128, 32), "text": (64, 128, 128, 32), "N = 64": (8, 512, 256, 64)}      # B, T, C, N
-
+def recurrence_inputs(B, T, H, N, dtype=torch.float32, device="cpu"):
+    """r, w, k, v, a, b as a network gives them to wkv7."""
+    options = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+    normal, uniform = (functools.partial(f, B, T, H, N, **options) for f in (torch.randn, torch.rand))
+    kk = torch.nn.functional.normalize(normal(), dim=-1)
+    x = normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform()
+    return [z.to(dtype).requires_grad_() for z in x]
 
 def kernel_jobs(B, T, C, N):
-    """Every operator of wkv_cuda at a size -> {name: (function of tensors, those tensors)}, as a network calls them in training."""
-    normal = lambda *shape: torch.randn(*shape).requires_grad_()
-    rows, vectors = (lambda n: [normal(B, T, C) for _ in range(n)]), (lambda n: [normal(C) for _ in range(n)])
-    heads = lambda n: [normal(B, T, C // N, N) for _ in range(n)]
-    kk = torch.nn.functional.normalize(torch.randn(B, T, C // N, N), dim=-1)
-    scan = [*heads(1), (-0.6 * torch.rand(B, T, C // N, N)).requires_grad_(), *heads(2), (-kk).requires_grad_(), (kk * 0.5).requires_grad_()]
-    state = normal(B, C // N, N, N)
-    return {"wkv7": (lambda *x: wkv_cuda.wkv7(*x), scan),
-            "wkv7_mix": (lambda *x: wkv_cuda.wkv7_mix(*x, 64e-5, None, N), rows(8) + vectors(8)),
-            "wkv7_inputs": (lambda *x: wkv_cuda.wkv7_inputs(*x, None, N), rows(6) + vectors(5)),
-            "wkv7_output": (lambda *x: wkv_cuda.wkv7_output(*x, 64e-5, N), rows(5) + vectors(3)),
-            "shift_mix": (lambda x, m: wkv_cuda.shift_mix(x, None, m), [normal(B, T, C), normal(6, C)]),
-            "shift_mix, wide": (lambda x, m: wkv_cuda.shift_mix(x, None, m, 2), [normal(B, T, C), normal(1, C)]),
-            "read_state": (wkv_cuda.read_state, [state, *heads(2)]),
-            "squared_relu": (wkv_cuda.squared_relu, [normal(B, T, 4 * C)]),
-            "biwkv": (lambda w, *x: wkv_cuda.biwkv(w.sigmoid(), *x), vectors(2) + rows(2))}
+    """Every operator of wkv_cuda, as a network calls it in training -> {name: (function, its tensors)}."""
+    def normal(n, *shape):
+        return [torch.randn(*shape).requires_grad_() for _ in range(n)]
+    rows, heads = (B, T, C), (B, T, C // N, N)
+    return {"wkv7": (wkv_cuda.wkv7, recurrence_inputs(*heads)),
+            "wkv7_mix": (lambda *x: wkv_cuda.wkv7_mix(*x, 64e-5, None, N), normal(8, *rows) + normal(8, C)),
+            "wkv7_inputs": (lambda *x: wkv_cuda.wkv7_inputs(*x, None, N), normal(6, *rows) + normal(5, C)),
+            "wkv7_output": (lambda *x: wkv_cuda.wkv7_output(*x, 64e-5, N), normal(5, *rows) + normal(3, C)),
+            "shift_mix": (lambda x, m: wkv_cuda.shift_mix(x, None, m), [*normal(1, *rows), *normal(1, 6, C)]),
+            "shift_mix, wide": (lambda x, m: wkv_cuda.shift_mix(x, None, m, 2),
+                                [*normal(1, *rows), *normal(1, 1, C)]),
+            "read_state": (wkv_cuda.read_state, normal(1, B, C // N, N, N) + normal(2, *heads)),
+            "squared_relu": (wkv_cuda.squared_relu, normal(1, B, T, 4 * C)),
+            "biwkv": (lambda w, *x: wkv_cuda.biwkv(w.sigmoid(), *x), normal(2, C) + normal(2, *rows))}
 
+def outputs(y):
+    return tuple(y) if isinstance(y, (list, tuple)) else (y,)
 
-def kernel_table():
-    """Milliseconds of every kernel beside its plain-torch form, in turn: without gradients, and forward and backward."""
-    rows, found = [], {}
-    for size, shape in SIZES.items():
-        for name, (f, x) in kernel_jobs(*shape).items():
-            seen = {(impl, back): [] for impl in ("cpp", "torch") for back in (False, True)}
-            for i in range(2 if quick else 20):                      # the first warms up
-                for (impl, back), times in seen.items():
-                    os.environ["WKV_IMPL"] = impl
-                    start = time.perf_counter()
-                    with torch.set_grad_enabled(back):
-                        y = f(*x)
-                        if back:
-                            y = [z for z in (y if isinstance(y, (list, tuple)) else [y]) if z.requires_grad]
-                            torch.autograd.grad(y, x, [torch.ones_like(z) for z in y], allow_unused=True)
-                    if i:
-                        times.append((time.perf_counter() - start) * 1e3)
-            ms = {key: statistics.median(times) for key, times in seen.items()}
-            pairs = [(ms["cpp", back], ms["torch", back]) for back in (False, True)]
-            found[f"{name}, {size}"] = pairs
-            rows.append([f"{name}, {size}", *(f"{a:.2f} / {b:.2f} ({b / a:.1f}x)" for a, b in pairs)])
+def kernel_ms(f, x, impls, times, keep=False):
+    """Of f(*x) -> {back end: [milliseconds forward, forward and backward]}. keep: forward alone keeps what
+    backward needs, too."""
+    def job(impl, backward):
+        os.environ["WKV_IMPL"] = impl
+        with torch.set_grad_enabled(keep or backward):
+            y = [z for z in outputs(f(*x)) if z.requires_grad]
+            if backward:
+                torch.autograd.grad(y, x, [torch.ones_like(z) for z in y], allow_unused=True)
+    ways = itertools.product(impls, (False, True))
+    ms = alternated({way: functools.partial(job, *way) for way in ways}, times)
     os.environ["WKV_IMPL"] = "auto"
-    table("kernel / plain torch, ms (times as fast)", ["kernel", "forward", "forward+backward"], rows)
+    return {impl: [ms[impl, False], ms[impl, True]] for impl in impls}
+
+def all_kernels():
+    """Milliseconds of every kernel and of plain torch -> {name: pairs forward, forward and backward}."""
+    sizes = {"main job": (32, 64, 128, 32), "text": (64, 128, 128, 32), "N = 64": (8, 512, 256, 64)}
+    found, rows = {}, {}
+    for size, shape in sizes.items():
+        for name, (f, x) in kernel_jobs(*shape).items():
+            pairs = list(zip(*kernel_ms(f, x, ("cpp", "torch"), 19).values()))
+            forward, both = (f"{cpp:.2f} / {plain:.2f} ({plain / cpp:.1f}x)" for cpp, plain in pairs)
+            found[f"{name}, {size}"] = pairs
+            rows[f"{name}, {size}"] = dict(forward=forward, both=both)
+    table("kernel / plain torch, ms (times as fast)", "kernel | forward | forward+backward",
+          "{forward} | {both}", rows)
     return found
 
-
 def suite_wkv():
-    """The recurrence at (B,T,H,N) = (8,512,4,64), float32, and what a first use costs."""
-    B, T, H, N = 8, 512, 4, 64
-    g = torch.Generator().manual_seed(0)
-    r, k, v = (torch.randn(B, T, H, N, generator=g) * 0.3 for _ in range(3))
-    w = -0.6 * torch.rand(B, T, H, N, generator=g)
-    kk = torch.nn.functional.normalize(torch.randn(B, T, H, N, generator=g), dim=-1)
-    inputs = [x.requires_grad_() for x in (r, w, k, v, -kk, kk * torch.rand(B, T, H, N, generator=g))]
-    dy = torch.randn(B, T, H, N, generator=g)
-    seen = {impl: ([], []) for impl in ("loop", "torch", "cpp")}
+    """The recurrence, then all kernels at three sizes; and what a first use costs."""
     if reason := wkv_cuda.build("cpp"):
         raise ValueError(f"nothing to measure: {reason}")
-    for i in range(2 if quick else rounds + 1):                      # in turn, so that a slow spell of the machine hits all; the first warms up
-        for impl, (forward, both) in seen.items():
-            for _ in range(1 if impl == "loop" else 5):
-                start = time.perf_counter()
-                y, _ = wkv_cuda.IMPLS[impl](*inputs)
-                middle = time.perf_counter()
-                torch.autograd.grad(y, inputs, dy)
-                if i:
-                    forward.append(middle - start)
-                    both.append(time.perf_counter() - start)
-    ms = {impl: [statistics.median(times) * 1e3 for times in pair] for impl, pair in seen.items()}
-    cpu, size = processor(), B * T * H * N * N
-    # a channel takes 9 N forward, 5 N to compute the states again and 19 N backward
-    reached = [flops * size / ms["cpp"][i] * 1e3 / cpu["peak_flops"] for i, flops in enumerate((9, 33))]
-    print(f"\n  {cpu['processor']}, vectors of {cpu['vector']} floats, fp32 peak {cpu['peak_flops'] / 1e9:.0f} GFLOP/s: the C++ kernel reaches "
-          f"{reached[0]:.0%} of it forward, {reached[1]:.0%} forward and backward")
+    B, T, H, N = 8, 512, 4, 64
+    x = recurrence_inputs(B, T, H, N)
+    ms = kernel_ms(lambda *x: wkv_cuda.wkv7(*x)[0], x, ("loop", "torch", "cpp"), 5 * rounds, keep=True)
+    # FLOPs per channel and step: 9 N forward; 5 N to compute the states again and 19 N backward
+    cpu, work = processor(), B * T * H * N * N
+    reached = [flops * work / t * 1e3 / cpu["peak_flops"] for flops, t in zip((9, 33), ms["cpp"])]
+    print(f"  the C++ kernel reaches {reached[0]:.0%} of it forward, {reached[1]:.0%} forward and backward")
     table(f"wkv7 at (B,T,H,N) = ({B},{T},{H},{N}), {torch.get_num_threads()} threads, ms",
-          ["back end", "forward", "forward+backward", "faster than the loop"],
-          [[impl, f"{f:.1f}", f"{fb:.1f}", f"{ms['loop'][1] / fb:.1f}x"] for impl, (f, fb) in ms.items()])
+          "back end | forward | forward+backward | faster than the loop",
+          "{f:.1f} | {both:.1f} | {faster:.1f}x",
+          {impl: dict(f=f, both=both, faster=ms["loop"][1] / both) for impl, (f, both) in ms.items()})
+    kernels = all_kernels()
     with tempfile.TemporaryDirectory() as folder:
-        code = ("import time, torch, wkv_cuda, torch.utils.cpp_extension\nt = time.time(); assert not wkv_cuda.build('cpp')\n"
-                "print(time.time() - t)")
-        run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCH_EXTENSIONS_DIR": folder}, text=True,
-                             capture_output=True, check=True)
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, check=True)
-        helped = time.perf_counter() - start
-    print(f"  cold build of the kernel {float(run.stdout):.1f} s; python train.py --help {helped:.1f} s")
-    return {**cpu, "reached": reached, "kernels": kernel_table(), "ms": ms, "cold_build_s": float(run.stdout), "help_s": helped}
-
+        code = ("import time, torch, wkv_cuda, torch.utils.cpp_extension\n"
+                "t = time.time(); assert not wkv_cuda.build('cpp')\nprint(time.time() - t)")
+        env = os.environ | {"TORCH_EXTENSIONS_DIR": folder}
+        build = float(subprocess.check_output([sys.executable, "-c", code], env=env))
+    start = time.perf_counter()
+    subprocess.check_output([sys.executable, "train.py", "--help"])
+    helped = time.perf_counter() - start
+    print(f"  cold build of the kernel {build:.1f} s; python train.py --help {helped:.1f} s")
+    return {**cpu, "reached": reached, "kernels": kernels, "ms": ms, "cold_build_s": build, "help_s": helped}
 
 def suite_step():
-    """A training step of the main job (L=2, C=128, N=32, T=64, 32 rows), by back end and micro-batch. The first row is what the
-    published script does: a loop over all 64 tokens; the others leave out the columns that are padding in every row."""
-    kinds = {"loop, 4 x 8, all 64 tokens": ("loop", 8, 0), "loop, 4 x 8": ("loop", 8, 1), "torch, 4 x 8": ("torch", 8, 1),
-             "cpp, 4 x 8": ("cpp", 8, 1), "cpp, 1 x 32": ("cpp", 32, 1)}
-    seen = {kind: [] for kind in kinds}
-    for _ in range(1 if quick else rounds):
-        for kind, (impl, rows, trim) in kinds.items():
-            with tempfile.TemporaryDirectory() as folder:
-                log = train("--struct_task=1", "--dw_jrt=1", f"--device_bsz={rows}", f"--trim_rows={trim}", "--eval_interval=1000",
-                            f"--max_iters={50 if quick or impl == 'loop' else 120}", env={"WKV_IMPL": impl}, folder=folder)
-            seen[kind] += step_ms(log)[3:]
-    ms = {kind: statistics.median(times) for kind, times in seen.items()}
+    """L=2, C=128, N=32, T=64, 32 rows, by back end and micro-batch. The first row is what the published
+    script does: a loop over all 64 tokens; the others leave out the columns that are padding in every row."""
+    kinds = {"loop, 4 x 8, all 64 tokens": ("loop", 8, 0), "loop, 4 x 8": ("loop", 8, 1),
+             "torch, 4 x 8": ("torch", 8, 1), "cpp, 4 x 8": ("cpp", 8, 1), "cpp, 1 x 32": ("cpp", 32, 1)}
+    runs = {}
+    for kind, (impl, rows, trim) in kinds.items():
+        steps = 50 if quick or impl == "loop" else 120
+        options = ["--struct_task=1", "--dw_jrt=1", "--eval_interval=1000", f"--max_iters={steps}"]
+        runs[kind] = Run([*options, f"--device_bsz={rows}", f"--trim_rows={trim}"], env={"WKV_IMPL": impl})
+    ms = training_ms(runs, skip=3)
+    every, loop, *_ = ms.values()
     table("training step of STRUCT_TASK=1 DW_JRT=1 python train.py, ms",
-          ["back end, micro-batches", "ms a step", "faster than the loop", "... of all tokens"],
-          [[kind, f"{t:.1f}", f"{ms['loop, 4 x 8'] / t:.1f}x", f"{ms['loop, 4 x 8, all 64 tokens'] / t:.1f}x"] for kind, t in ms.items()])
-    cpu = processor()
-    print(f"  {cpu['processor']}, vectors of {cpu['vector']} floats, fp32 peak {cpu['peak_flops'] / 1e9:.0f} GFLOP/s")
-    return {**cpu, "ms": ms}
-
-
-PUBLISHED = {200: (0.5181, 0.6191), 400: (0.3281, 0.6531), 600: (0.5494, 0.7262), 800: (0.5525, 0.8153), 999: (0.5444, 0.9244)}
-
-
-def suite_published():
-    """The published command lines of `struct` with only the script's name changed, one seed, accuracy by step."""
-    found, shorter = {}, 20 if quick else 1
-    for jrt in (0, 1):
-        with tempfile.TemporaryDirectory() as folder:
-            env = dict(STRUCT_TASK="1", STRUCT_EVAL="1", STRUCT_LEN="8", TRAIN="1", GEN_TOKENS="1", SEQ_LEN="64", N_LAYER="2", N_EMBD="128",
-                       HEAD_SIZE="32", BATCH_SIZE="32", DEVICE_BSZ="8", MAX_ITERS=str(1000 // shorter),
-                       EVAL_INTERVAL=str(200 // shorter), EVAL_ITERS="20",
-                       WARMDOWN_ITERS="200", DW_JRT=str(jrt), DW_JRT_SCALE="20", WEIGHTS_PATH=os.path.join(folder, "struct.pt"))
-            found[jrt] = {row["step"] * shorter: row["struct_acc"] for row in train(env=env, folder=folder) if row["event"] == "eval"}
-    last = lambda step: 1000 if step == 999 else step
-    rows = [[step, old[0], f"{found[0][last(step)]:.4f}", old[1], f"{found[1][last(step)]:.4f}"] for step, old in PUBLISHED.items()]
-    table("struct acc, published command lines", ["step", "DW_JRT=0 published", "here", "DW_JRT=1 published", "here"], rows)
-    return {"acc": found}
-
-
-SEEDED, TWO_WAY = ["--dw_jrt=1"], ["--direction=bidirectional"]
-TASK_ROWS = [("struct", 1000, 3, SEEDED, "0.5919 / 0.0000"), ("struct", 200, 3, SEEDED, "0.7450"), ("rightcopy", 200, 3, SEEDED, "0.7181"),
-             ("rightrev", 200, 3, SEEDED, "0.7731"), ("index", 1000, 1, SEEDED, "0.34 (200 steps)"), ("add", 1000, 1, SEEDED, "0.11 (200 steps)"),
-             ("struct", 1000, 3, ["--objective=gaussian"], ""), ("struct", 200, 3, TWO_WAY, ""), ("rightcopy", 200, 3, TWO_WAY, ""),
-             ("rightrev", 200, 3, TWO_WAY, "")]
-
-
-def suite_tasks():
-    """Accuracy and exact match on the fixed evaluation set after training with the defaults: one causal scan with DW_JRT=1, two-way."""
-    rows, found = [], []
-    for task, steps, seeds, options, old in TASK_ROWS:
-        if only not in f"{task}, {steps} steps, {options[0][2:]}":
-            continue
-        steps, seeds = (steps // 20, 1) if quick else (steps, seeds)
-        acc, exact = [], []
-        for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                last = train(f"--{task}_task=1", *options, f"--max_iters={steps}", "--eval_interval=100000",
-                             f"--random_seed={1337 + seed}", folder=folder)[-1]
-            acc.append(last[f"{task}_acc"])
-            exact.append(last[f"{task}_exact"])
-        rows.append([f"{task}, {steps} steps, {options[0][2:]}", seeds, spread(acc), spread(exact), old])
-        found.append(dict(task=task, steps=steps, options=options, acc=acc, exact=exact))
-        print("  ".join(map(str, rows[-1])), flush=True)
-    table("default settings, mean ± standard deviation over seeds", ["task", "seeds", "accuracy", "exact", "published"], rows)
-    return {"rows": found}
-
+          "back end, micro-batches | ms per step | faster than the loop | ... of all tokens",
+          "{t:.1f} | {loop:.1f}x | {all:.1f}x",
+          {kind: dict(t=t, loop=loop / t, all=every / t) for kind, t in ms.items()})
+    return {**processor(), "ms": ms}
 
 def parameters(cfg):
-    return sum(p.numel() for p in nets.Denoiser(cfg).parameters())
+    with torch.device("meta"):
+        return sum(p.numel() for p in nets.Denoiser(cfg).parameters())
 
+def attention_baseline(cfg, direction="bidirectional"):
+    """Attention with as many parameters as cfg: the channel mix takes what the time mix does not need."""
+    baseline = replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift="none")
+    spare = round((parameters(cfg) - parameters(baseline)) / (2 * cfg.n_embd * cfg.n_layer))
+    return replace(baseline, dim_ffn=(cfg.dim_ffn or 4 * cfg.n_embd) + spare, direction=direction)
 
-def attention_twin(cfg, **changes):
-    """The attention network with as many parameters as cfg's: the channel mix takes what the time mix does not need."""
-    twin = dataclasses.replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift="none", **changes)
-    spare = parameters(cfg) - parameters(twin)
-    return dataclasses.replace(twin, dim_ffn=(twin.dim_ffn or 4 * twin.n_embd) + round(spare / (2 * twin.n_embd * twin.n_layer)))
-
+def directions():
+    """Every direction at C=256, N=64, four layers, and attention of the two-way network's size."""
+    base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, direction="causal")
+    blocks = {f"block {n}": replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
+    two_way = replace(base, direction="bidirectional")
+    return {"causal": base, **blocks, "bidirectional": two_way, BASELINE: attention_baseline(two_way)}
 
 def flops_per_token(cfg, T):
-    """Of one forward pass: 2 a multiply-add of the matrix products, 9 N a channel for one step of a scan (S a, the decay, two outer
-    products, S r), 4 C T for attention over T keys. Elementwise work, norms and the embedding are left out."""
-    C, D, total = cfg.n_embd, cfg.dim_ffn or 4 * cfg.n_embd, 2 * cfg.n_embd * cfg.vocab_size
-    for layer, mixer in enumerate(nets.pattern(cfg)):
+    """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan
+    (S a, the decay, two outer products, S r), 4 C T for attention over T keys; elementwise work, norms and
+    the embedding are left out."""
+    C, mixers = cfg.n_embd, nets.pattern(cfg)
+    total = 2 * C * cfg.vocab_size + len(mixers) * 4 * C * (cfg.dim_ffn or 4 * C)
+    for layer, mixer in enumerate(mixers):
         if mixer == "rwkv7":
-            ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in nets.pattern(cfg)[:layer]).values())
+            ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
-            two = nets.direction(cfg) != "causal"
-            total += scan * (1 + two) + 2 * C * C + two * {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
+            total += scan + 2 * C * C
+            if nets.direction(cfg) != "causal":
+                total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
         else:
             total += 8 * C * C + 4 * C * T * (mixer == "attention")
-        total += 4 * C * D
     return total
-
 
 def counted_flops(cfg, T):
     """The same, counted by torch.utils.flop_counter in a pass that is really run."""
@@ -315,461 +751,130 @@ def counted_flops(cfg, T):
         return 9 * math.prod(numbers[:3]) * numbers[3] ** 2 if name in ("wkv7", "wkv7_mix") else 0
     def attention(q, k, v, *args, **kwargs):                         # torch counts attention on GPUs only
         return 4 * math.prod(q) * k[2]
-    formulas = {torch.ops.nanodir_kernel.run: kernel, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    formulas = {torch.ops.nanodir_kernel.run: kernel,
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     net = nets.Denoiser(cfg).eval()
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         net(torch.zeros(1, T, dtype=torch.long))
     return counter.get_total_flops() / T
 
-
-def directions():
-    """The networks that two suites compare: C=256, N=64, four layers, and attention with the two-way network's parameters."""
-    base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256)
-    ways = {"causal": dataclasses.replace(base, direction="causal")}
-    ways |= {f"block {n}": dataclasses.replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
-    ways["bidirectional"] = dataclasses.replace(base, direction="bidirectional")
-    return ways | {"attention twin": attention_twin(ways["bidirectional"])}
-
-
 def suite_flops():
-    """FLOPs per token of one denoising step, from the config, and how far a counted run is from it."""
     if reason := wkv_cuda.build("cpp"):
         raise ValueError(f"the count runs the C++ kernel: {reason}")
-    lengths, rows, found = (512, 2048, 8192), [], {}
+    found, rows, lengths = {}, {}, (512, 2048, 8192)
     for name, cfg in directions().items():
         flops = {T: flops_per_token(cfg, T) for T in lengths}
         off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in (lengths[:1] if quick else lengths))
-        rows.append([name, f"{parameters(cfg) / 1e6:.2f} M", *(f"{f / 1e6:.2f}" for f in flops.values()), f"{off:.1%}"])
         found[name] = {"flops": flops, "off": off}
-    table("MFLOP a token, one denoising step", ["network", "parameters", *(f"T={T}" for T in lengths), "counted run differs by"], rows)
+        rows[name] = {"parameters": parameters(cfg), "off": off, **{f"T={T}": flops[T] for T in lengths}}
+    table("FLOPs per token, one denoising step",
+          "network | parameters | T=512 | T=2048 | T=8192 | counted run differs by",
+          "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", rows)
     return {"rows": found}
 
-
+@torch.inference_mode()
 def suite_direction():
-    """Milliseconds of one denoising step at batch 1, every network in turn, and as a multiple of the attention twin's."""
-    lengths = (512, 2048) if quick else (512, 2048, 8192, 16384)
-    networks = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}
-    seen = {}
-    for T in lengths:
+    networks, ms = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}, {}
+    for T in (512, 2048) if quick else (512, 2048, 8192, 16384):
         x = torch.randint(256, (1, T))
-        for i in range(2 if quick else 1 + max(3, rounds * 12288 // (T + 512))):   # the first warms up
-            for name, net in networks.items():
-                start = time.perf_counter()
-                with torch.inference_mode():
-                    net(x)
-                if i:
-                    seen.setdefault((name, T), []).append(time.perf_counter() - start)
-    ms = {name: {T: statistics.median(seen[name, T]) * 1e3 for T in lengths} for name in networks}
-    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: ms (multiple of the attention twin)",
-          ["network", *(f"T={T}" for T in lengths)],
-          [[name, *(f"{t:.1f} ({t / ms['attention twin'][T]:.2f}x)" for T, t in row.items())] for name, row in ms.items()])
+        jobs = {name: functools.partial(net, x) for name, net in networks.items()}
+        for name, spent in alternated(jobs, max(3, rounds * 12288 // (T + 512))).items():
+            ms.setdefault(name, {})[T] = spent
+    base = ms[BASELINE]
+    rows = {}
+    for name, row in ms.items():
+        rows[name] = {f"T={T}": f"{t:.1f} ({t / base[T]:.2f}x)" for T, t in row.items()}
+    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: "
+          "ms (multiple of attention's)",
+          " | ".join(["network", *rows[BASELINE]]), " | ".join(f"{{{T}}}" for T in rows[BASELINE]), rows)
     return {**processor(), "ms": ms}
 
+def block_networks(**sizes):
+    """RWKV-7 in blocks of 32 tokens, and attention with as many parameters -> {name: ModelConfig}."""
+    rwkv = nets.ModelConfig(block_size=32, direction="block", **sizes)
+    return {"rwkv7, carried state": rwkv, "attention, cache": attention_baseline(rwkv, "block")}
 
-ABLATION = {f"fusion={f}, tied={t}": [f"--fusion={f}", f"--tie_directions={t}"] for f in nets.FUSIONS for t in (0, 1)}
-ABLATION |= {f"time_cond={c}": [f"--time_cond={c}"] for c in nets.TIME_CONDS}
+def block_job(net, B, context):
+    """A function that makes 32 tokens after `context`, by 8 calls and a clean pass; and its cache."""
+    device, state = net.emb.weight.device, None
+    text = torch.randint(net.mask_id, (B, context), device=device)
+    mask = torch.full((B, 32), net.mask_id, device=device)
+    for part in text.split(256, 1):        # attention scores of longer parts would fill the memory
+        state = net(part, state=state, clean=True).state
 
+    def block():
+        for _ in range(8):
+            net(mask, state=state)
+        net(mask, state=state, clean=True)
+    return block, state
 
-def suite_ablation():
-    """Fusions and conditionings on real text (data_path, or Python's standard library): a small bidirectional network, 300 steps.
-    A spike is a step whose gradient norm is over twice the median of the ten before it, counted after step 50."""
-    rows, found = [], {}
-    for name, options in ABLATION.items():
-        with tempfile.TemporaryDirectory() as folder:
-            log = train(*options, f"--data_path={data_path}", "--direction=bidirectional", "--n_layer=3", "--n_embd=128",
-                        "--seq_len=128", "--batch_size=16", f"--max_iters={15 if quick else 300}", "--log_interval=1",
-                        "--eval_interval=100000", f"--eval_iters={2 if quick else 20}", folder=folder)
-        steps, last = [row for row in log if row["event"] == "train"], log[-1]
-        norms = [row["grad_norm"] for row in steps]
-        spikes = sum(norms[i] > 2 * statistics.median(norms[i - 10:i]) for i in range(50, len(norms)))
-        rows.append([name, f"{log[0]['parameters'] / 1e3:.0f} k", f"{last['bits_per_char']:.3f} ± {last['bits_per_char_se']:.3f}",
-                     f"{statistics.mean(row['loss'] for row in steps[-50:]):.3f}", spikes, f"{max(norms[50:] or norms):.1f}",
-                     f"{statistics.median(row['ms_per_step'] for row in steps):.0f}"])
-        found[name] = dict(parameters=log[0]["parameters"], bits=last["bits_per_char"], se=last["bits_per_char_se"], spikes=spikes,
-                           loss=[round(row["loss"], 4) for row in steps], grad_norm=[round(n, 3) for n in norms])
-        print("  ".join(map(str, rows[-1])), flush=True)
-    table("bidirectional RWKV-7 on text, 300 steps (loss curves and gradient norms are in the JSON file)",
-          ["setting", "parameters", "bits a character", "last loss", "spikes", "largest norm", "ms a step"], rows)
-    return {"rows": found}
-
-
-ONE_SIDED = ["--tie_directions=1", "--ffn_shift=before"]
-TEXT = {"ar": ["--objective=ar", "--direction=causal", "--ffn_shift=before"],
-        **{f"{how} {n}": [f"--objective={how}", "--direction=block", f"--block_size={n}", *ONE_SIDED]
-           for how in ("block", "block_elbo") for n in (4, 16, 64)},
-        "b3d 16": ["--objective=b3d", "--direction=causal", "--block_size=16", "--ffn_shift=before"],
-        "bidirectional, elbo": ["--objective=elbo", "--direction=bidirectional", *ONE_SIDED],
-        "bidirectional": ["--direction=bidirectional", *ONE_SIDED],
-        **{f"bidirectional, ffn_shift={shift}": ["--direction=bidirectional", f"--ffn_shift={shift}"] for shift in ("both", "wide")},
-        **{f"{name}{more}": ["--direction=causal", "--ffn_shift=before", *seeded, *options]
-           for more, options in (("", []), (", 8 layers", ["--n_layer=8", "--n_embd=96", "--dim_ffn=352"]))
-           for name, seeded in (("causal + DW-JRT", ["--dw_jrt=1"]), ("causal", []))},
-        **{f"causal + DW-JRT, {more}": ["--direction=causal", "--ffn_shift=before", "--dw_jrt=1", option]
-           for more, option in (("scale 20", "--dw_jrt_scale=20"), ("open gates", "--dw_jrt_alpha_init=2"))},
-        **{f"attention{name}": ["--mixer=attention", "--dim_ffn=683", f"--ffn_shift={shift}", "--muon_lr=0.04"]
-           for name, shift in (("", "none"), (", ffn_shift=both", "both"), (", ffn_shift=wide", "wide"))}}
-
-
-def kept(suite, key, measure, runs):
-    """runs[key], from measure() unless it is there already; written to the JSON file at once, so that a stopped suite goes on."""
-    if key not in runs:
-        runs[key] = measure()
-        write(suite, {"runs": runs})
-        print(key + ": " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in runs[key].items()), flush=True)
-    return runs[key]
-
-
-def earlier(suite):
-    """The runs of an earlier, perhaps unfinished suite."""
-    path = os.path.join(out, f"{suite}.json")
-    if quick or not os.path.exists(path):
-        return {}
-    with open(path) as f:
-        return json.load(f)["runs"]
-
-
-def chosen(names):
-    return [name for name in names if not only or name in only.split(";")]
-
-
-def suite_text():
-    """Bits per character on held-out text (data_path), by objective and network: at most 1.05 M parameters, T=128, 64 rows a step,
-    three budgets of steps; three seeds of the longest. What is in the JSON file already is not run again."""
-    budgets, runs = ((15, 1),) if quick else ((600, 3), (300, 1), (150, 1)), earlier("text")
-
-    def measure():
-        with tempfile.TemporaryDirectory() as folder:
-            log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", f"--max_iters={steps}", f"--random_seed={seed}",
-                        "--eval_interval=100000", folder=folder, *(["--batch_size=4", "--eval_iters=2"] * quick))
-        return dict(name=name, steps=steps, seed=seed, bits=log[-1]["bits_per_char"], se=log[-1]["bits_per_char_se"],
-                    parameters=log[0]["parameters"])
-    for steps, seeds in budgets:
-        for seed in range(1337, 1337 + seeds):
-            for name in chosen(TEXT):
-                kept("text", f"{name}, {steps} steps, seed {seed}", measure, runs)
-    rows = []
-    for name in dict.fromkeys(run["name"] for run in runs.values()):
-        mine = [run for run in runs.values() if run["name"] == name]
-        by = {steps: [run["bits"] for run in mine if run["steps"] == steps] for steps, _ in budgets}
-        rows.append([name, f"{mine[0]['parameters'] / 1e6:.3f} M", *(spread(bits) if bits else "" for bits in by.values()),
-                     f"{statistics.mean(run['se'] for run in mine):.4f}"])
-    table("bits a character, mean ± standard deviation over seeds; the evaluation's own standard error",
-          ["network", "parameters", *(f"{steps} steps" for steps, _ in budgets), "evaluation s.e."], rows)
-    pace = text_pace() if only in ("", "pace") else {}
-    if pace:
-        table("a training step alone on the machine, in turn, ms", ["network", "ms"], [[name, f"{ms:.0f}"] for name, ms in pace.items()])
-    return {"runs": runs, "ms": pace}
-
-
-def text_pace():
-    """Milliseconds of a training step of the two networks that stand for equal time, in turn."""
-    seen = {"bidirectional, ffn_shift=wide": [], "attention": []}
-    for _ in range(1 if quick else rounds):
-        for name, times in seen.items():
-            with tempfile.TemporaryDirectory() as folder:
-                log = train("config/shakespeare.py", *TEXT[name], f"--data_path={data_path}", "--eval_interval=100000", "--eval_iters=1",
-                            f"--max_iters={20 if quick else 50}", folder=folder, *["--batch_size=4"] * quick)
-            times += step_ms(log)[2:]
-    return {name: statistics.median(times) for name, times in seen.items()}
-
-
-GAUSSIAN = {"mixed, x0, cosine": [], "mse alone": ["config/gaussian_mse.py"], "tokens alone": ["config/gaussian_tokens.py"],
-            **{p: [f"--prediction_type={p}"] for p in ("epsilon", "v_prediction")}, **{s: [f"--beta_schedule={s}"] for s in ("linear", "sigmoid")},
-            "a prefix is given": ["--mask_policy=suffix", "--drop_given=0"], "all is noised": ["--drop_given=1"],
-            "curriculum": ["config/gaussian_curriculum.py"], "embeddings thaw": ["config/gaussian_thaw.py"],
-            "clipped, no self-conditioning": ["config/gaussian_clip.py"], "no EMA": ["--ema=0"], "adaln_zero": ["--time_cond=adaln_zero"],
-            "biwkv": ["config/birwkv_llada.py"], "attention": ["--mixer=attention", "--ffn_shift=none", "--dim_ffn=476"]}
-MASKED = ["config/shakespeare.py", "--ffn_shift=both", "--max_iters=1400"]    # as long as config/gaussian.py takes for its 1000 steps
-
-
-def bigram_kl(x, y):
-    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added to y's, for every pair of
-    tokens that occur."""
-    V = int(max(x.max(), y.max())) + 1
-    p, q = (torch.bincount((z[:, :-1] * V + z[:, 1:]).flatten(), minlength=V * V).double().view(V, V) for z in (x, y))
-    here = torch.cat([x.flatten(), y.flatten()]).unique()
-    p, q = p[here][:, here], q[here][:, here] + 0.1
-    p, q = p / p.sum(), q / q.sum()
-    return torch.xlogy(p, p / q).sum().item()
-
-
-@torch.no_grad()
-def sampled(folder, rows, length, **options):
-    """`rows` unconditional samples of a run -> ids (rows,length)."""
-    saved = nets.load_checkpoint(os.path.join(folder, "ckpt.pt"))
-    net = nets.from_pretrained("the run", saved).eval()
-    diff = diffusion.trained_with(saved["config"])
-    x = torch.full((rows, length), net.mask_id)
-    name = options.pop("sampler", diffusion.OBJECTIVES[diff.objective or "masked_mean"].sampler)
-    options |= dict(cfg=diff) if name in diffusion.GAUSSIAN_STEPS else {}
-    return diffusion.SAMPLERS[name](net, x, x != net.mask_id, net.mask_id, data.generator(1, 0, 3), **options)
-
-
-def suite_gaussian():
-    """Gaussian diffusion on held-out text (data_path): config/gaussian.py as it is, three seeds, beside masked diffusion of equal parameters
-    and time; then, 200 steps each, one part of it changed at a time: what rounds rightly by noise level, and the divergence of the
-    samples' bigrams from held-out text's. Milliseconds of a denoising step at N = 512, beside the attention twin."""
-    runs, rows, length = earlier("gaussian"), 4 if quick else 64, 128
-    source = data.TextSource(data_path, length, "char")
-    held_out = source.eval_rows(len(source.val) // length)[0]
-    kl = lambda y: bigram_kl(y, held_out)
-
-    def measure():
-        with tempfile.TemporaryDirectory() as folder:
-            log = train(*options, f"--data_path={data_path}", folder=folder, *(["--batch_size=4", "--eval_iters=1", "--max_iters=10"] * quick))
-            evals, ms = [row for row in log if row["event"] == "eval"], step_ms(log)
-            last = evals[-1]
-            found = dict(parameters=log[0]["parameters"], ms=statistics.median(ms), minutes=statistics.mean(ms) * last["step"] / 6e4)
-            found |= {k: last[k] for k in ("round_acc_0.1", "round_acc_0.2", "round_acc_0.5", "round_acc_1.0", "bits_per_char") if k in last}
-            if "bits_per_char" in last:
-                for rule, n in (("topk", 50), ("first_hitting", 0)):
-                    found[f"kl, {rule}"] = kl(sampled(folder, rows, length, sampler=rule, steps=n))
-            else:
-                counts = (10, 20, 50, 100, 200) if name.endswith("seed 1337") else (50,)
-                found |= {f"kl, {n} steps": kl(sampled(folder, rows, length, steps=n)) for n in counts}
-                found["kl, ddpm"] = kl(sampled(folder, rows, length, steps=50, sampler="ddpm"))
-                found |= dict(curve=[(row["step"], row["round_acc_0.5"]) for row in evals], alarms=sum("alarm" in row for row in evals[1:]))
-        return found
-    budget = {f"gaussian, seed {seed}": ["config/gaussian.py", f"--random_seed={seed}"] for seed in (1337, 1338, 1339)} | {"masked": MASKED}
-    parts = {name: ["config/gaussian.py", *changes, "--max_iters=200", "--eval_interval=40"] for name, changes in GAUSSIAN.items()}
-    for name in chosen(budget | parts) if not quick else ("gaussian, seed 1337", "masked", "mse alone"):
-        options = (budget | parts)[name]
-        kept("gaussian", name, measure, runs)
-    number = lambda run, key: f"{run[key]:.3f}" if key in run else ""
-    own = kl(source.train_rows(0, rows, 0, rows, 1)[0])
-    title = f"whole runs; divergence of {rows} samples' bigrams from held-out text's, nats ({rows} rows of training text: {own:.3f})"
-    for title, names in ((title, budget), ("200 steps each, one part changed", parts)):
-        lines = []
-        for name, run in runs.items():
-            if name in names:
-                first, other = ("topk", "first_hitting") if "kl, topk" in run else ("50 steps", "ddpm")
-                keys = *(f"round_acc_{t}" for t in ("0.2", "0.5", "1.0")), f"kl, {first}", f"kl, {other}"
-                lines.append([name, f"{run['parameters'] / 1e6:.2f} M", f"{run['minutes']:.1f}", *(number(run, key) for key in keys),
-                              run.get("alarms", "")])
-        table(title, ["setting", "parameters", "minutes", "right at t = 0.2", "0.5", "1", "divergence, ddim or topk", "ddpm or one by one",
-                      "alarms"], lines)
-    first = runs.get("gaussian, seed 1337", {})
-    table("divergence by sampling steps (DDIM)", ["steps", "divergence"],
-          [[key[4:-6], f"{v:.3f}"] for key, v in first.items() if key.endswith("steps")])
-    plot("gaussian", "tokens that round rightly at t = 0.5", "step", {name: zip(*runs[name]["curve"]) for name in parts if name in runs})
-    speed = denoising_speed()
-    table("50 denoising steps at N = 512, batch 1, ms a step", ["network", "ms"], [[k, f"{v:.1f}"] for k, v in speed.items()])
-    return {"runs": runs, "speed": speed}
-
-
-@torch.no_grad()
-def denoising_speed():
-    """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers, in turn."""
-    base = dataclasses.replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
-    networks = {"rwkv7, bidirectional": base, "biwkv": dataclasses.replace(base, mixer="biwkv"), "attention twin": attention_twin(base)}
-    seen, x, steps = {}, torch.full((1, 512), 256), 5 if quick else 50
-    for i in range(2 if quick else 4):
-        for name, cfg in networks.items():
-            net = networks[name] = nets.Denoiser(cfg).eval() if isinstance(cfg, nets.ModelConfig) else cfg
-            start = time.perf_counter()
-            diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), cfg=diffusion.DiffusionConfig(), steps=steps)
-            if i:
-                seen.setdefault(name, []).append((time.perf_counter() - start) / steps * 1e3)
-    return {name: statistics.median(times) for name, times in seen.items()}
-
-
-LATENT = {   # name -> the run it goes on from, and settings; a name may be anything, --only takes those names
-    "backbone": ("", ["--objective=ar", "--direction=causal", "--ffn_shift=before"]),
-    "sequential": ("", ["--objective=sequential"]), "stage1_coupling": ("", ["--objective=stage1_coupling"]),
-    "l2t": ("", ["--objective=l2t"]), "t2l": ("", ["--objective=t2l"]),
-    "latent from text": ("", ["--objective=sequential", "--latent_pred_from=text"]),
-    "latent from prefix": ("", ["--objective=sequential", "--latent_pred_from=prefix"]),
-    "from the backbone": ("backbone", ["--objective=sequential", "--predict=next", "--ffn_shift=before"]),
-    "from the backbone, frozen": ("backbone", ["--objective=sequential", "--predict=next", "--ffn_shift=before", "--freeze_backbone=1"]),
-    "embedding diffusion": ("", ["--objective=gaussian", "--self_cond=1", "--ema=0.99", "--time_cond=add"]),
-    "stage2, fixed prior": ("sequential", ["--objective=stage2_variational"]),
-    "stage2, learned prior": ("sequential", ["--objective=stage2_variational", "--latent_prior=learned"]),
-    "stage2, pooled states": ("sequential", ["--objective=stage2_variational", "--latent_encoder=rwkv_pool"]),
-    "stage2, geometry": ("sequential", ["--objective=stage2_variational", "--geom_weight=1"])}
-
-
-def suite_latent():
-    """Texts with latents (python data.py latents of data_path: 128 characters each, 32 components of their n-grams), validation split: how well
-    each is told from the other, whether samples fit, Stage II, and whether a pretrained backbone keeps its language. The runs stay in
-    OUT/local, so that those which go on from others find them."""
-    work, runs, steps, n = os.path.join(out, "local"), earlier("latent"), 10 if quick else 600, 8 if quick else 64
-    pairs = os.path.join(work, "pairs.quick" if quick else "pairs")
-    text = data_path or os.path.join(pairs, "text.txt")
-    if not data.has_pairs(pairs) and data.main(["latents", f"--data_path={data_path}", f"--out={pairs}"]):
-        raise RuntimeError("python data.py latents failed")
-    source = data.PairSource(pairs, 128)
-    projection, buckets = data.Projection(*source.projection), len(source.projection[0])
-    place = lambda name: os.path.join(work, ("quick " if quick else "") + name)
-    texts = lambda ids: [source.tokenizer.decode(row.tolist()) for row in ids]
-    ckpt = lambda name: os.path.join(place(name), "ckpt.pt")
-
-    def trained(name):
-        first, options = LATENT[name]
-        if not os.path.exists(ckpt(name)):
-            if first:
-                trained(first)
-            mine = [f"--init_from={ckpt(first)}"] * bool(first) + [f"--data_path={text if name == 'backbone' else pairs}"]
-            train("config/latent.py", *options, *mine, f"--max_iters={steps}", "--eval_interval=100000", folder=place(name),
-                  *(["--batch_size=4", "--eval_iters=2"] * quick))
-        return nets.load_checkpoint(ckpt(name))
-
-    def perplexity(saved):
-        """Of a byte, of what is left of the causal backbone, on held-out text."""
-        cfg = nets.ModelConfig(**(nets.load_checkpoint(ckpt("backbone"))["model_config"]))
-        net = nets.Denoiser(cfg).eval()
-        net.load_state_dict({k: v for k, v in saved["model"].items() if k in net.state_dict()})
-        x = data.TextSource(text, 128, "byte").eval_rows(n * 4)[0]
-        return diffusion.exact_nll(net, x, net.mask_id).mean().exp().item()
-
-    @torch.no_grad()
-    def measure():
-        saved = trained(name)
-        log = [json.loads(line) for line in open(os.path.join(place(name), "log.jsonl"))]
-        ms = statistics.median(step_ms(log))
-        found = dict(parameters=log[0]["parameters"], active=log[0]["active"], ms=ms)
-        if name == "backbone":
-            return found | dict(perplexity=perplexity(saved))
-        net, diff, g = nets.from_pretrained(name, saved).eval(), diffusion.trained_with(saved["config"]), data.generator(1, 0, 3)
-        x, _, lengths, z = source.eval_rows(n * 2 if quick else 10**6)
-        stage2 = net.latent_encoder is not None
-        if net.cfg.gaussian:               # its cross-entropy is no bound: the mean over noise levels
-            rows, latent = x[:4 * n], diffusion.clean_latent(net, z[:4 * n])
-            for key, given in (("", latent), ("_shuffled", latent.roll(1, 0)), ("_no_latent", torch.zeros_like(latent))):
-                report, alarm = diffusion.gaussian_report(net, rows, torch.ones_like(rows, dtype=torch.bool), None, data.generator(1, 0, 2),
-                                                          diff, latent=given)
-                found |= {f"text_nats{key}": statistics.mean(v for k, v in report.items() if k.startswith("ce_")), "alarm": alarm}
-        else:
-            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), diff)
-        if LATENT[name][0] == "backbone":
-            found["perplexity"] = perplexity(saved)
-        mu = net.posterior(x[:n])[0] if stage2 else z[:n]
-        rule = "ddim" if net.cfg.gaussian else "first_hitting"
-        l2t = lambda q: texts(diffusion.sample_text_from_latent(net, q, 128, data.generator(2, 0, 3), diff, rule, steps=50, temperature=0.5))
-        truth = texts(x[:n])
-        for key, q in (("", mu), ("_shuffled", mu.roll(1, 0)), ("_no_latent", torch.zeros_like(mu))):
-            found |= {f"{metric}{key}": score for metric, score in overlap(l2t(q), truth).items()}
-        if not net.cfg.gaussian and name not in ("l2t", "t2l"):
-            ids, sampled_z = diffusion.sample_joint(net, n, 128, g, diff, 64, temperature=0.7)
-            own = torch.from_numpy(projection(data.ngrams(texts(ids), buckets)))
-            if stage2:
-                own = net.posterior(ids)[0]
-            far = torch.cdist(own, sampled_z)              # against every other sampled latent: random ones
-            nearer = (far.diagonal()[:, None] < far).sum(1) / (n - 1)
-            found |= {"joint_nearer": nearer.mean().item(), "joint_kl": bigram_kl(ids, x), "sample": texts(ids[:1])[0]}
-        return found
-    for name in chosen(LATENT)[:3 if quick else None]:
-        kept("latent", name, measure, runs)
-    number = lambda run, key, scale=1.0, digits=3: f"{scale * run[key]:.{digits}f}" if key in run else ""
-    ratio = lambda run: f"{run['latent_mse'] / run['latent_mse_of_mean']:.3f}" if "latent_mse" in run else ""
-    three = lambda run, key, digits: " / ".join(number(run, key + end, 1, digits) for end in ("", "_shuffled", "_no_latent")) if key in run else ""
-    table("texts and latents, validation split (right latent / shuffled / none)",
-          ["run", "latent MSE of mean's", "median rank, %", "text, nats a token", "BLEU", "chrF", "joint nearer, %", "bigram KL"],
-          [[name, ratio(run), number(run, "latent_rank", 100, 1), three(run, "text_nats", 3), three(run, "bleu", 1), three(run, "chrf", 1),
-            number(run, "joint_nearer", 100, 0), number(run, "joint_kl")] for name, run in runs.items() if "text_nats" in run])
-    table("Stage II", ["run", "KL, nats a text", "active units", "text, nats a token: z / none"],
-          [[name, number(run, "kl", 1, 2), run["active_units"], f"{run['text_nats']:.3f} / {run['text_nats_no_latent']:.3f}"]
-           for name, run in runs.items() if "kl" in run])
-    table("perplexity of a byte, causal backbone", ["run", "perplexity"],
-          [[name, number(run, "perplexity", 1, 2)] for name, run in runs.items() if "perplexity" in run])
-    for name, run in runs.items():
-        if "sample" in run:
-            print(f"  --- {name}: {run['sample']!r}")
-    return {"runs": runs}
-
-
-def overlap(texts, truth):
-    """BLEU and chrF of texts against the true ones, in %, by the sacrebleu package, if it is there."""
-    try:
-        import sacrebleu
-    except ImportError:
-        return {}
-    return {"bleu": sacrebleu.corpus_bleu(texts, [truth], force=True).score, "chrf": sacrebleu.corpus_chrf(texts, [truth]).score}
-
-
+@torch.inference_mode()
 def suite_generate():
-    """What a block of 32 tokens costs after a context of given length, untrained networks (C=256, N=64, four layers), 8 denoiser calls
-    and, with a cache, one clean pass a block: RWKV-7 from its carried state, the attention twin from its cache of keys and values,
-    and reading everything again in every call."""
-    n, calls, base = 32, 8, nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, block_size=32, direction="block")
-    rwkv = nets.Denoiser(base).eval()
-    twin = nets.Denoiser(dataclasses.replace(attention_twin(base), direction="block")).eval()
-    jobs, contexts = {}, (64, 512) if quick else (512, 4096, 16384, 65536)
-    for B in (1, 2 if quick else 32):
-        for context in contexts:
-            if B * context > 32 * 4096 and B > 1:
-                continue
-            text, mask = torch.randint(256, (B, context)), torch.full((B, n), 256)
-            for name, net in (("rwkv7, carried state", rwkv), ("attention, cache", twin)):
-                state = None
-                with torch.inference_mode():
-                    for piece in text.split(256, 1):               # attention scores of longer pieces would fill the memory
-                        state = net(piece, state=state, clean=True).state
-                one = lambda net=net, state=state, mask=mask: [net(mask, state=state) for _ in range(calls)] + [net(mask, state=state, clean=True)]
-                jobs[name, B, context] = one, 1, nets.state_bytes(state)
-            whole = torch.cat([text, mask], 1)
-            jobs["rwkv7, all again", B, context] = (lambda whole=whole: rwkv(whole)), calls, nets.state_bytes(whole)
-    times = {key: [] for key in jobs}
-    for i in range(2 if quick else 20):                              # in turn; what takes long, less often
-        for key, (one, scale, _) in jobs.items():
-            if not times[key] or sum(times[key]) < 2 * scale:
-                start = time.perf_counter()
-                with torch.inference_mode():
-                    one()
-                times[key].append((time.perf_counter() - start) * scale)
-    rows, found = [], {}
-    for (name, B, context), (_, _, size) in jobs.items():
-        ms = statistics.median(times[name, B, context]) * 1e3
-        found[f"{name}, batch {B}, context {context}"] = dict(ms=ms, cache_bytes=size)
-        rows.append([name, B, context, f"{ms:.1f}", f"{B * n / ms * 1e3:.0f}", calls, f"{size / B / 1024:.0f}"])
-    first, last = (found[f"rwkv7, carried state, batch 1, context {c}"]["ms"] for c in (contexts[0], contexts[-1]))
-    table("one block of 32 tokens", ["network", "batch", "context", "ms a block", "tokens/s", "calls", "cache KiB a row"], rows)
-    print(f"  rwkv7 from its carried state: a block at {contexts[-1]} tokens of context takes {last / first:.2f}x one at {contexts[0]}")
-    return {"rows": found, "ratio": last / first}
+    """From a carried state, from a cache, and with all read again in each of 8 calls."""
+    configs = block_networks(n_layer=4, n_embd=256, head_size=64, vocab_size=256)
+    networks = {name: nets.Denoiser(cfg).eval() for name, cfg in configs.items()}
+    contexts = (64, 512) if quick else (512, 4096, 16384, 65536)
+    jobs, found = {}, {}
+    for B, context in itertools.product((1, 2 if quick else 32), contexts):
+        if B > 1 and B * context > 32 * 4096:
+            continue
+        end = f"batch {B}, context {context}"
+        whole = torch.randint(256, (B, context + 32))
+        mine = {name: block_job(net, B, context) for name, net in networks.items()}
+        mine["rwkv7, all again"] = functools.partial(networks["rwkv7, carried state"], whole), whole
+        for name, (job, cache) in mine.items():
+            jobs[f"{name}, {end}"] = job
+            found[f"{name}, {end}"] = {"rows": B, "cache_bytes": nets.state_bytes(cache)}
+    for name, ms in alternated(jobs, 19, seconds=2).items():
+        run, ms = found[name], ms * (8 if "again" in name else 1)
+        cache = run["cache_bytes"] / run["rows"] / 1024
+        run |= {"ms": ms, "tokens_per_s": run["rows"] * 32e3 / ms, "KiB_per_row": cache}
+    table("one block of 32 tokens, 8 calls", "network | ms per block | tokens/s | cache KiB per row",
+          "{ms:.1f} | {tokens_per_s:.0f} | {KiB_per_row:.0f}", found)
+    name, low, high = "rwkv7, carried state, batch 1, context", contexts[0], contexts[-1]
+    ratio = found[f"{name} {high}"]["ms"] / found[f"{name} {low}"]["ms"]
+    print(f"  {name}: a block at {high} tokens takes {ratio:.2f}x one at {low}")
+    return {"rows": found, "ratio": ratio}
 
+# ---- speed on a GPU: functions of what the GPU itself does, and of the device ----
 
-def recurrence_inputs(B, T, H, N, dtype, device):
-    """r, w, k, v, a, b as a network gives them to wkv7."""
-    g = torch.Generator(device).manual_seed(0)
-    normal = lambda: torch.randn(B, T, H, N, generator=g, device=device)
-    uniform = lambda: torch.rand(B, T, H, N, generator=g, device=device)
-    kk = torch.nn.functional.normalize(normal(), dim=-1)
-    return [x.to(dtype).requires_grad_() for x in (normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform())]
-
+def relative_errors(f, reference, names, x):
+    """Of outputs and gradients of f against the reference in float64 on the same, perhaps rounded, inputs."""
+    exact = [z.detach().double().requires_grad_() for z in x]
+    y, wanted = outputs(f(*x)), outputs(reference(*exact))
+    g = torch.Generator(x[0].device).manual_seed(1)
+    grads = [torch.randn(z.shape, generator=g, device=z.device).to(z.dtype) for z in y]
+    found = [*y, *torch.autograd.grad(y, x, grads)]
+    wanted = [*wanted, *torch.autograd.grad(wanted, exact, [z.double() for z in grads])]
+    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, found, wanted)}
 
 def gpu_parity(limits, device):
-    """Relative errors of the kernels against the definitions in float64 on the same, perhaps rounded, inputs; every output, every gradient."""
-    def errors(f, twin, names, x):
-        found, wanted = [], []
-        for op, leaves, to in ((f, x, found), (twin, [z.detach().double().requires_grad_() for z in x], wanted)):
-            out = op(*leaves)
-            out = out if isinstance(out, tuple) else (out,)
-            g = torch.Generator(device).manual_seed(1)
-            grads = [torch.randn(z.shape, generator=g, device=device).to(y.dtype).to(z.dtype) for y, z in zip(found or out, out)]
-            to += [*out, *torch.autograd.grad(out, leaves, grads)]
-        return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, found, wanted)}
-    rows, T, names = {}, 50 if quick else 200, "y s dr dw dk dv da db ds0 dc".split()
-    for dtype in (torch.float32, torch.bfloat16):
-        for N in wkv_cuda.HEAD_SIZES:
-            for every in (None, 5, 16):
-                x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
-                s0, c = (0.3 * torch.randn(*shape, device=device) for shape in ((2, 3, N, N), x[0].shape))
-                x += [s0.requires_grad_(), c.to(dtype).requires_grad_()]
-                ops = (lambda *x, op=op: op(*x, every=every) for op in (wkv_cuda.wkv7, wkv_cuda.wkv7_loop))
-                rows[f"wkv7 N={N}{f' every={every}' if every else ''} {str(dtype)[6:]}"] = errors(*ops, names, x)
-    k, v = (torch.randn(2, T, 48, device=device) for _ in range(2))
-    x = [z.requires_grad_() for z in (torch.rand(2, 48, device=device), torch.randn(2, 48, device=device), k, v)]
-    rows["biwkv float32"] = errors(wkv_cuda.biwkv, wkv_cuda.biwkv_loop, ("y", "dw", "du", "dk", "dv"), x)
-    table("relative error against float64, allowed 1e-5 (float32) and 2e-2 (bfloat16)", ["kernel", "largest", "of"],
-          [[name, f"{max(row.values()):.1e}", max(row, key=row.get)] for name, row in rows.items()])
-    if bad := [name for name, row in rows.items() if not max(row.values()) <= (2e-2 if "bfloat16" in name else 1e-5)]:
-        raise ValueError(f"the kernels are wrong on this GPU, so that nothing else is measured: {', '.join(bad)}; WKV_IMPL=torch does without them")
-    return rows
-
+    """Relative errors of the kernels, every output, every gradient. ValueError if one is too large."""
+    found, T, normal = {}, 50 if quick else 200, functools.partial(torch.randn, device=device)
+    dtypes = torch.float32, torch.bfloat16
+    for dtype, N, every in itertools.product(dtypes, wkv_cuda.HEAD_SIZES, (None, 5, 16)):
+        x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
+        s0, c = 0.3 * normal(2, 3, N, N), (0.3 * normal(x[0].shape)).to(dtype)
+        x += [s0.requires_grad_(), c.requires_grad_()]
+        ops = (functools.partial(op, every=every) for op in (wkv_cuda.wkv7, wkv_cuda.wkv7_loop))
+        name = f"wkv7 N={N}{f' every={every}' if every else ''} {str(dtype)[6:]}"
+        found[name] = relative_errors(*ops, "y s dr dw dk dv da db ds0 dc".split(), x)
+    x = [torch.rand(2, 48, device=device), normal(2, 48), normal(2, T, 48), normal(2, T, 48)]
+    ops = wkv_cuda.biwkv, wkv_cuda.biwkv_loop
+    found["biwkv float32"] = relative_errors(*ops, "y dw du dk dv".split(), [z.requires_grad_() for z in x])
+    worst = {name: dict(largest=max(row.values()), of=max(row, key=row.get)) for name, row in found.items()}
+    table("relative error against float64, allowed 1e-5 (float32) and 2e-2 (bfloat16)",
+          "kernel | largest | of", "{largest:.1e} | {of}", worst)
+    allowed = {name: 2e-2 if "bfloat16" in name else 1e-5 for name in worst}
+    if bad := [name for name, row in worst.items() if not row["largest"] <= allowed[name]]:
+        raise ValueError("the kernels are wrong on this GPU, so that nothing else is measured: "
+                         f"{', '.join(bad)}; WKV_IMPL=torch does without them")
+    return found
 
 def gpu_ms(f, device):
     """Median milliseconds of f(), which is called once before."""
     times = []
-    for i in range(3 if quick else 12):
+    for _ in range(3 if quick else 12):
         begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
         begin.record()
         f()
@@ -778,89 +883,89 @@ def gpu_ms(f, device):
         times.append(begin.elapsed_time(end))
     return statistics.median(times[1:])
 
-
 def gpu_limits(device):
     """What the GPU itself does: bytes/s of a copy, FLOP/s of a matrix product in bfloat16."""
-    size = 2**20 if quick else 2**30
+    size, n = (2**20, 512) if quick else (2**30, 8192)
     x, y = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    n = 512 if quick else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    found = {"bytes_per_s": 2 * size / gpu_ms(lambda: y.copy_(x), device) * 1e3, "flops": 2 * n**3 / gpu_ms(lambda: a @ a, device) * 1e3}
-    print(f"\n  this GPU copies {found['bytes_per_s'] / 1e9:.0f} GB/s and multiplies {found['flops'] / 1e12:.1f} TFLOP/s in bfloat16", flush=True)
-    return found
+    moved = 2 * size / gpu_ms(lambda: y.copy_(x), device) * 1e3
+    flops = 2 * n**3 / gpu_ms(lambda: a @ a, device) * 1e3
+    print(f"\n  this GPU copies {moved / 1e9:.0f} GB/s and multiplies {flops / 1e12:.1f} TFLOP/s in bfloat16")
+    return {"bytes_per_s": moved, "flops": flops}
 
+class Official(torch.autograd.Function):
+    """RWKV-LM's pair of operators `forward` and `backward`, op, as a function of r, w, k, v, a, b."""
+    @staticmethod
+    def forward(ctx, op, *x):
+        B, T, H, N = x[0].shape
+        y, sa = torch.empty_like(x[0]), torch.empty_like(x[0], dtype=torch.float32)
+        s = sa.new_empty(B, H, T // 16, N, N)
+        op.forward(*x, y, s, sa)
+        ctx.op = op
+        ctx.save_for_backward(*x, s, sa)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *x, s, sa = ctx.saved_tensors
+        grads = [torch.empty_like(z) for z in x]
+        ctx.op.backward(*x, dy.contiguous(), s, sa, *grads)
+        return None, *grads
 
 def official_kernels(folder):
-    """RWKV-LM's own training kernels from a checkout of it -> {name: function of r, w, k, v, a, b as wkv7 takes them}: head size 64, T a multiple
-    of 16, bfloat16; their w goes through a sigmoid in the kernel. ValueError where a file is missing."""
+    """RWKV-LM's own training kernels from a checkout -> {name: function of wkv7's r, w, k, v, a, b}: head
+    size 64, T a multiple of 16, bfloat16; their w goes through a sigmoid. ValueError if a file is missing."""
     from torch.utils.cpp_extension import load
-    flags, found = ["-O3", "--use_fast_math", "--extra-device-vectorization", "-D_N_=64", "-D_CHUNK_LEN_=16"], {}
-    for name, files in {"rwkv7_clampw": ("rwkv7_clampw.cu", "rwkv7_clampw.cpp"),
-                        "rwkv7_clampw_v3": ("rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp")}.items():
-        sources = [os.path.join(folder, "RWKV-v7", "train_temp", "cuda", f) for f in files]
+    flags = ["-O3", "--use_fast_math", "--extra-device-vectorization", "-D_N_=64", "-D_CHUNK_LEN_=16"]
+    found, cuda = {}, os.path.join(folder, "RWKV-v7", "train_temp", "cuda")
+    for name, variant in {"rwkv7_clampw": "", "rwkv7_clampw_v3": "_for_h100"}.items():
+        sources = [os.path.join(cuda, f"{name}{variant}.cu"), os.path.join(cuda, f"{name}.cpp")]
         if missing := [f for f in sources if not os.path.isfile(f)]:
-            raise ValueError(f"rwkv_lm={folder}: there is no {missing[0]}: give the folder of a checkout of github.com/BlinkDL/RWKV-LM")
+            raise ValueError(f"rwkv_lm={folder}: there is no {missing[0]}: "
+                             "give the folder of a checkout of github.com/BlinkDL/RWKV-LM")
         load(name, sources, is_python_module=False, extra_cuda_cflags=flags)
-        op = getattr(torch.ops, name)
-
-        class Official(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *x, op=op):
-                B, T, H, N = x[0].shape
-                y, sa = torch.empty_like(x[0]), torch.empty_like(x[0], dtype=torch.float32)
-                s = sa.new_empty(B, H, T // 16, N, N)
-                op.forward(*x, y, s, sa)
-                ctx.save_for_backward(*x, s, sa)
-                return y
-
-            @staticmethod
-            def backward(ctx, dy, op=op):
-                *x, s, sa = ctx.saved_tensors
-                grads = [torch.empty_like(z) for z in x]
-                op.backward(*x, dy.contiguous(), s, sa, *grads)
-                return tuple(grads)
-        found[name] = Official.apply
+        found[name] = functools.partial(Official.apply, getattr(torch.ops, name))
     return found
 
-
-def gpu_recurrence(limits, device):
-    """wkv7 at (B,T,H,N) = (8,T,32,64) in bfloat16: forward for inference, forward and backward for training; beside fla where it is
-    installed, and RWKV-LM's kernels from a checkout of it (rwkv_lm). Bytes are those that must move at least (inputs, output, gradients, and
-    what forward keeps for backward), FLOPs 9 N a channel forward and 19 N backward, without what is computed again."""
-    B, H, N = (1, 2, 64) if quick else (8, 32, 64)
-    impls = {wkv_cuda.backend(device): lambda *x: wkv_cuda.wkv7(*x)[0]}
-    try:                                   # the function that fla's chunk_rwkv7 calls; its own arguments differ between versions
+def recurrences(device):
+    """{name: function of wkv7's inputs}: ours, fla's where it is installed, RWKV-LM's from a checkout."""
+    found = {wkv_cuda.backend(device): lambda *x: wkv_cuda.wkv7(*x)[0]}
+    try:                  # what fla's chunk_rwkv7 calls; its own arguments differ between versions
         from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
-        impls["fla"] = lambda r, w, k, v, a, b: chunk_dplr_delta_rule(q=r, k=k, v=v, a=a, b=b, gk=w, scale=1.0, output_final_state=False)[0]
+        fla = functools.partial(chunk_dplr_delta_rule, scale=1.0, output_final_state=False)
+        found["fla"] = lambda r, w, k, v, a, b: fla(q=r, k=k, v=v, a=a, b=b, gk=w)[0]
     except ImportError as e:
         print(f"  fla's chunk_rwkv7 is not measured: {e} (pip install flash-linear-attention)")
     if rwkv_lm:
-        impls |= official_kernels(rwkv_lm)
-    else:
-        print("  RWKV-LM's kernels are not measured: give a checkout of github.com/BlinkDL/RWKV-LM as --rwkv_lm=FOLDER")
-    rows, found = [], {}
+        return found | official_kernels(rwkv_lm)
+    print("  RWKV-LM's kernels are not measured: give a checkout of github.com/BlinkDL/RWKV-LM as --rwkv_lm")
+    return found
+
+def gpu_recurrence(limits, device):
+    """Forward for inference, forward and backward for training. Bytes are those that must move at least
+    (inputs, output, gradients, what forward keeps), FLOPs 9 N per channel forward and 19 N backward."""
+    B, H, N = (1, 2, 64) if quick else (8, 32, 64)
+    impls, found = recurrences(device), {}
     for T in (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384):
         x = recurrence_inputs(B, T, H, N, torch.bfloat16, device)
         dy, size = torch.randn_like(x[0]), x[0].numel()
-        kept = size * (4 + 4 * N / 16)
-        work = {"forward": (14 * size, 9 * N * size), "forward+backward": (14 * size + 2 * kept + 26 * size, 28 * N * size)}
+        kept = 4 + 4 * N / 16                  # bytes per element of the output
         for name, f in impls.items():
-            def forward():
-                with torch.no_grad():
-                    f(*x)
-            for what, job in (("forward", forward), ("forward+backward", lambda: torch.autograd.grad(f(*x), x, dy))):
-                ms = gpu_ms(job, device)
-                bytes_per_s, flops = (z / ms * 1e3 for z in work[what])
-                found[f"{name}, {what}, T={T}"] = dict(ms=ms, bytes_per_s=bytes_per_s, flops=flops)
-                rows.append([f"{name}, {what}", T, f"{ms:.3f}", f"{bytes_per_s / 1e9:.0f}", f"{bytes_per_s / limits['bytes_per_s']:.1%}",
-                             f"{flops / 1e12:.2f}", f"{flops / limits['flops']:.1%}"])
+            forward = torch.no_grad()(functools.partial(f, *x))
+            ways = {"forward": (forward, 14, 9),
+                    "forward+backward": (lambda: torch.autograd.grad(f(*x), x, dy), 40 + 2 * kept, 28)}
+            for way, (job, moved, flops) in ways.items():
+                per_s = size / gpu_ms(job, device) * 1e3
+                speed = dict(ms=size / per_s * 1e3, bytes_per_s=moved * per_s, flops=flops * N * per_s)
+                shares = {f"{key}_share": speed[key] / limit for key, limit in limits.items()}
+                found[f"{name}, {way}, T={T}"] = speed | shares
     table(f"wkv7 at (B,T,H,N) = ({B},T,{H},{N}), bfloat16",
-          ["back end", "T", "ms", "GB/s", "of a copy", "TFLOP/s", "of a matrix product"], rows)
+          "back end | ms | B/s | of a copy | FLOP/s | of a matrix product",
+          "{ms:.3f} | {bytes_per_s:.0G} | {bytes_per_s_share:.1%} | {flops:.2T} | {flops_share:.1%}", found)
     return found
 
-
 def training_step(cfg, batch, T, device):
-    """What one step takes -> (parameters, milliseconds, most bytes of memory)."""
+    """(milliseconds, bytes of memory) of a step: masked tokens, AdamW, bfloat16 products, torch.compile."""
     with torch.device(device):
         net = nets.Denoiser(cfg)
         x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
@@ -876,113 +981,78 @@ def training_step(cfg, batch, T, device):
         optimizer.zero_grad(set_to_none=True)
     step()
     torch.accelerator.reset_peak_memory_stats()
-    return sum(p.numel() for p in net.parameters()), gpu_ms(step, device), torch.accelerator.max_memory_allocated()
-
+    return gpu_ms(step, device), torch.accelerator.max_memory_allocated()
 
 def gpu_training(size, T, limits, device):
-    """A training step (masked tokens, AdamW, bfloat16 products, torch.compile) of networks of about 124 M or 1.5 B parameters on rows of
-    T tokens: one causal scan, two-way, and the attention twin. MFU is against the measured matrix product."""
-    V, (L, C, tokens) = 50304, {"124M": (12, 768, 16384), "1.5B": (24, 2048, 4096)}[size]
+    """Networks of about 124 M or 1.5 B parameters, rows of T tokens. MFU is against the matrix product."""
+    V, N, (L, C, tokens) = 50304, 64, {"124M": (12, 768, 16384), "1.5B": (24, 2048, 4096)}[size]
     if quick:
-        L, C, tokens, T = 2, 64, 128, 64
-    rows, found = [], {}
-    base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=16 if quick else 64, vocab_size=V, tie_embeddings=True, direction="causal")
-    two_way = dataclasses.replace(base, direction="bidirectional")
-    with torch.device("meta"):             # only counts parameters
-        twin = attention_twin(two_way)
-    for name, cfg in {"causal": base, "bidirectional": two_way, "attention twin": twin}.items():
+        N, L, C, tokens, T = 16, 2, 64, 128, 64
+    two_way = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True,
+                               direction="bidirectional")
+    causal, attention, found = replace(two_way, direction="causal"), attention_baseline(two_way), {}
+    for name, cfg in {"causal": causal, "bidirectional": two_way, BASELINE: attention}.items():
         torch.accelerator.empty_cache()
         started = time.perf_counter()
         try:
-            count, ms, memory = training_step(cfg, tokens // T, T, device)
+            ms, memory = training_step(cfg, tokens // T, T, device)
         except torch.OutOfMemoryError:
             print(f"  {size} {name}: {tokens // T} x {T} tokens do not fit this GPU", flush=True)
             continue
         speed = tokens / ms * 1e3
         mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
-        found[name] = dict(parameters=count, ms=ms, tokens_per_s=speed, memory_bytes=memory, mfu=mfu)
-        rows.append([name, f"{count / 1e6:.0f} M", f"{tokens // T} x {T}", f"{ms:.1f}", f"{speed:.0f}",
-                     f"{memory / 2**30:.1f}", f"{mfu:.1%}", f"{time.perf_counter() - started:.0f}"])
-        print(f"  {', '.join(rows[-1])}", flush=True)
-    table(f"a training step, {size}", ["network", "parameters", "batch", "ms", "tokens/s", "GiB", "MFU", "s with compilation"], rows)
+        found[name] = dict(parameters=parameters(cfg), ms=ms, tokens_per_s=speed, memory_bytes=memory,
+                           GiB=memory / 2**30, mfu=mfu, s=time.perf_counter() - started)
+        print(f"  {size} {name}: {ms:.1f} ms, {memory / 2**30:.1f} GiB", flush=True)
+    table(f"a training step on {tokens // T} x {T} tokens, {size}",
+          "network | parameters | ms | tokens/s | GiB | MFU | s with compilation",
+          "{parameters:.0M} | {ms:.1f} | {tokens_per_s:.0f} | {GiB:.1f} | {mfu:.1%} | {s:.0f}", found)
     return found
-
 
 @torch.inference_mode()
 def gpu_generation(limits, device):
-    """Tokens/s of blocks of 32 after 1024 tokens, 8 denoiser calls and a clean pass each, 124 M parameters, bfloat16 products."""
-    n, calls, context = 32, 8, 64 if quick else 1024
-    L, C, N, V = (2, 64, 16, 256) if quick else (12, 768, 64, 50304)
-    base = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True, block_size=n, direction="block")
-    with torch.device("meta"):
-        twin = dataclasses.replace(attention_twin(base), direction="block")
-    rows, found = [], {}
-    for name, cfg in (("rwkv7, carried state", base), ("attention, cache", twin)):
+    """Blocks of 32 after 1024 tokens, 124 M parameters, bfloat16 products."""
+    L, C, N, V, context = (2, 64, 16, 256, 64) if quick else (12, 768, 64, 50304, 1024)
+    networks = block_networks(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True)
+    found = {}
+    for name, cfg in networks.items():
         with torch.device(device):
             net = nets.Denoiser(cfg).eval()
         for B in (1, 2 if quick else 32):
-            text, mask = torch.randint(V, (B, context), device=device), torch.full((B, n), V, device=device)
             with torch.autocast(torch.device(device).type, torch.bfloat16):
-                state = net(text, clean=True).state
-                def block():
-                    for _ in range(calls):
-                        net(mask, state=state)
-                    net(mask, state=state, clean=True)
-                ms = gpu_ms(block, device)
-            found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * n / ms * 1e3)
-            rows.append([name, B, f"{ms:.1f}", f"{B * n / ms * 1e3:.0f}"])
-    table("one block of 32 tokens", ["network", "batch", "ms", "tokens/s"], rows)
+                ms = gpu_ms(block_job(net, B, context)[0], device)
+            found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * 32 / ms * 1e3)
+    table("one block of 32 tokens", "network | ms | tokens/s", "{ms:.1f} | {tokens_per_s:.0f}", found)
     return found
 
-
-GPU_PARTS = {"parity": gpu_parity, "wkv7": gpu_recurrence, "generation": gpu_generation}
-GPU_PARTS |= {f"training {size} {T}": functools.partial(gpu_training, size, T) for size in ("124M", "1.5B") for T in (1024, 4096)}
-
-
 def suite_gpu():
-    """The parts asked for, each kept as soon as it is measured, beside what is on file for this GPU. ValueError without one."""
+    """The parts asked for, each kept as soon as it is measured, beside what is on file for this GPU."""
     if not torch.cuda.is_available():
-        raise ValueError("suite=gpu measures a GPU, and torch sees none (nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build of torch)")
+        raise ValueError("suite=gpu measures a GPU, and torch sees none "
+                         "(nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build of torch)")
     if reason := wkv_cuda.build("cuda"):
         raise ValueError(f"nothing to measure: {reason}")
+    parts = {"parity": gpu_parity, "wkv7": gpu_recurrence, "generation": gpu_generation}
+    for size, T in itertools.product(("124M", "1.5B"), (1024, 4096)):
+        parts[f"training {size} {T}"] = functools.partial(gpu_training, size, T)
     found = {"processor": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    with contextlib.suppress(OSError):
-        found = json.load(open(where("gpu", found))) | found
-    limits = found["limits"] = gpu_limits("cuda")
-    for name in chosen(GPU_PARTS):
-        found[name] = GPU_PARTS[name](limits, "cuda")
+    with contextlib.suppress(OSError), open(where("gpu", **found)) as f:
+        found = json.load(f) | found
+    found["limits"] = gpu_limits("cuda")
+    for name in chosen(parts):
+        found[name] = parts[name](found["limits"], "cuda")
         write("gpu", found)
     return found
 
-
-SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks, "flops": suite_flops,
-          "direction": suite_direction, "ablation": suite_ablation, "text": suite_text, "generate": suite_generate, "gaussian": suite_gaussian,
-          "latent": suite_latent, "gpu": suite_gpu}
-
-
-def where(name, result):
-    """The file of a suite's figures, those of a processor's speed under its name; a quick run must not replace measured ones."""
-    kind = result.get("processor", "") + (f" {32 * result['vector']} bit" if "vector" in result else "")
-    kind = re.sub(r"[^a-z0-9]+", "-", kind.lower())
-    return os.path.join(out, ".".join([name, *filter(None, [kind]), *["quick"] * quick, "json"]))
-
-
-def write(name, result):
-    """Keep a suite's figures as JSON -> its path."""
-    os.makedirs(out, exist_ok=True)
-    path = where(name, result)
-    with open(path, "w") as f:
-        head = {"suite": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        json.dump(head | result | head, f, indent=1)
-    return path
-
+SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks,
+          "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation, "text": suite_text,
+          "generate": suite_generate, "gaussian": suite_gaussian, "latent": suite_latent, "gpu": suite_gpu}
 
 def main():
     if threads:
         torch.set_num_threads(threads)
     nets.tune_cpu()
     print(f"\nwritten to {write(suite, SUITES[suite]())}")
-
 
 if __name__ == "__main__":
     with one_line_errors():

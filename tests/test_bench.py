@@ -1,6 +1,7 @@
-"""What the tables rest on: FLOPs by formula against a counted run, twins of equal size, quick runs that overwrite nothing."""
+"""What the tables rest on: FLOPs by formula against a counted run, baselines of equal size, quick runs that overwrite nothing."""
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -23,10 +24,10 @@ def test_flops_by_formula_equal_a_counted_run(changes):
 
 
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
-def test_the_attention_twin_has_as_many_parameters(direction):
+def test_the_attention_baseline_has_as_many_parameters(direction):
     cfg = replace(SMALL, direction=direction)
-    twin = bench.attention_twin(cfg)
-    assert twin.mixer == "attention" and bench.parameters(twin) == pytest.approx(bench.parameters(cfg), rel=0.005)
+    baseline = bench.attention_baseline(cfg)
+    assert baseline.mixer == "attention" and bench.parameters(baseline) == pytest.approx(bench.parameters(cfg), rel=0.005)
 
 
 def test_bigram_divergence_by_hand():
@@ -37,10 +38,45 @@ def test_bigram_divergence_by_hand():
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "out", str(tmp_path))
-    asked, runs = [], bench.earlier("text")
-    for key in ("a", "b", "a"):
-        bench.kept("text", key, lambda: asked.append(key) or dict(bits=1.0), runs)
-    assert asked == ["a", "b"] and bench.earlier("text") == runs == {"a": {"bits": 1.0}, "b": {"bits": 1.0}}
+    asked, runs = [], {name: bench.Run([]) for name in ("a", "b")}
+    log = [dict(event="start", parameters=9, active=8), dict(event="train", ms_per_step=3.0), dict(event="eval")]
+    monkeypatch.setattr(bench, "train", lambda options, folder, env: asked.append(os.path.basename(folder)))
+    monkeypatch.setattr(bench, "read_log", lambda folder, event="": [row for row in log if event in ("", row["event"])])
+    for names in (["a"], ["b", "a"], ["a"]):
+        found = bench.quality("text", runs, lambda name, folder: dict(bits=1.0), names)
+    row = dict(parameters=9, active=8, ms=3.0, bits=1.0)
+    assert asked == ["a", "b"] and bench.earlier("text") == found == {"a": row, "b": row}
+
+
+def test_a_run_starts_from_another(tmp_path, monkeypatch):
+    """Which is trained before it, unless its checkpoint is there."""
+    asked = []
+    monkeypatch.setattr(bench, "train", lambda options, folder, env: asked.append((os.path.basename(folder), options)))
+    runs = {"a": bench.Run(["--x"]), "b": bench.Run(["--y"], start="a")}
+    bench.trained(runs, "b", str(tmp_path))
+    start = f"--init_from={tmp_path / 'a' / 'ckpt.pt'}"
+    assert asked == [("a", ["--x"]), ("b", ["--y", start])]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/ckpt.pt").touch()
+    bench.trained(runs, "b", str(tmp_path))
+    assert asked[2:] == [("b", ["--y", start])]
+
+
+@pytest.mark.parametrize("suite,count", [("published", 2), ("tasks", 26), ("ablation", 10), ("text", 48), ("gaussian", 20), ("latent", 14)])
+def test_the_figures_on_file_are_read_and_nothing_of_them_is_trained_again(suite, count, tmp_path, monkeypatch, capsys):
+    """Every suite of training runs prints its tables from the JSON files in bench/, of this version or the one before."""
+    found = bench.earlier(suite)
+    assert len(found) == count and all(isinstance(row, dict) for row in found.values())
+    if suite in ("published", "tasks", "ablation"):
+        monkeypatch.setattr(bench, "train", None)
+        assert bench.SUITES[suite]() == {"runs": found}
+        assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_numbers_in_tables(capsys):
+    bench.table("title", "name | size | rate | both", "{size:.2M} | {0[a.b]:.1%} | {x:.1f} / {size}",
+                {"one": {"size": 981120, "a.b": 0.5}, "two": {"x": 2, "size": 3}})
+    assert capsys.readouterr().out.split() == "title name size rate both one 0.98 M 50.0% two 0.00 M 2.0 / 3".split()
 
 
 def test_a_quick_run_replaces_no_measured_figures(run, tmp_path):
@@ -51,7 +87,7 @@ def test_a_quick_run_replaces_no_measured_figures(run, tmp_path):
     assert (tmp_path / "bench/flops.json").read_text() == "{}"
     if not done.returncode:
         rows = json.loads((tmp_path / "bench/flops.quick.json").read_text())["rows"]
-        assert rows.keys() == {"causal", "block 32", "block 64", "block 128", "bidirectional", "attention twin"}
+        assert rows.keys() == {"causal", "block 32", "block 64", "block 128", "bidirectional", "attention baseline"}
         assert all(row["off"] < 0.01 for row in rows.values())
 
 
