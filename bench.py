@@ -279,7 +279,7 @@ def suite_ablation():
     for name, run in found.items():
         norms = run["grad_norm"]
         rows[name] = run | dict(last=statistics.mean(run["loss"][-50:]), largest=max(norms[50:] or norms))
-    table("bidirectional RWKV-7 on text, 300 steps (loss curves and gradient norms are in the JSON file)",
+    table("bidirectional RWKV-7 on text, 300 steps (loss curves, gradient norms: see the JSON file)",
           "setting | parameters | bits per character | last loss | spikes | largest norm | ms per step",
           "{parameters:.0k} | {bits:.3f} ± {se:.3f} | {last:.3f} | {spikes} | {largest:.1f} | {ms:.0f}", rows)
     return {"runs": found}
@@ -502,7 +502,8 @@ def perplexity(folder, backbone, x):
     net = nets.Denoiser(nets.ModelConfig(**nets.load_checkpoint(checkpoint(backbone))["model_config"])).eval()
     weights = nets.load_checkpoint(checkpoint(folder))["model"]
     net.load_state_dict({key: w for key, w in weights.items() if key in net.state_dict()})
-    return diffusion.exact_nll(net, x, net.mask_id).mean().exp().item()
+    exact = diffusion.NextToken(diffusion.DiffusionConfig(objective="ar"), net.cfg)
+    return exact.bound(net, x).mean().exp().item()
 
 def gaussian_text_nats(net, cfg, x, z):
     """Of embedding diffusion, whose cross-entropy is not a bound: the mean over noise levels, per token."""

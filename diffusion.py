@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 @dataclass
 class DiffusionConfig:
     objective: str = ""             # how it is trained; empty = task for a task, masked_mean for text
@@ -40,25 +39,20 @@ class DiffusionConfig:
     free_bits: float = 0.5          # [0, 1e6] ... nats of KL per text that each dimension has for nothing
     geom_weight: float = 0.0        # [0, 1e6] ... distances between latents should follow those between texts
 
-
 def trained_with(config):
     """The DiffusionConfig in a checkpoint's settings, a dict that holds others, too, and may lack newer keys.
     """
     return DiffusionConfig(**{f.name: config[f.name] for f in fields(DiffusionConfig) if f.name in config})
 
-
 # ---- masking rates: t -> (m(t), m'(t)), with m(0) = 0 and m(1) = 1 ----
-
 
 def linear(t):
     """m(t) = t (MDLM, arXiv 2406.07524, the log-linear schedule)."""
     return t, torch.ones_like(t)
 
-
 def cosine(t):
     """m(t) = 1 - cos(pi t / 2) (Nichol & Dhariwal 2021, as a masking rate): few masks for small t."""
     return 1 - torch.cos(math.pi / 2 * t), math.pi / 2 * torch.sin(math.pi / 2 * t)
-
 
 def sigmoid(t, width=3.0):
     """m(t) = a sigmoid between -width and width, rescaled to run from 0 to 1 (Jabri et al. 2023)."""
@@ -66,17 +60,13 @@ def sigmoid(t, width=3.0):
     lo, hi = torch.sigmoid(t.new_tensor(-width)), torch.sigmoid(t.new_tensor(width))
     return (s - lo) / (hi - lo), 2 * width * s * (1 - s) / (hi - lo)
 
-
 SCHEDULES = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 
-
 # ---- which tokens of a row are masked together: (u (B,T) uniform, maskable (B,T), span) -> u (B,T) ----
-
 
 def independent(u, maskable, span):
     """Each token by itself: the forward process that the bounds are about."""
     return u
-
 
 def spans(u, maskable, span):
     """Runs of `span` tokens on average share their fate, as in a text with holes (SpanBERT, arXiv
@@ -90,28 +80,22 @@ def spans(u, maskable, span):
     first = torch.where(begins, torch.arange(u.shape[1]), 0).cummax(1).values
     return u.gather(1, first)
 
-
 def suffix(u, maskable, span):
     """The last m(t) of each row: what a text needs that goes on from a prompt."""
     rank = maskable.long().cumsum(1)
     return 1 - (rank - u[:, :1]) / rank[:, -1:].clamp_min(1)
 
-
 MASK_POLICIES = {"independent": independent, "spans": spans, "suffix": suffix}
-
 
 def second_uniform(u):
     """Uniform numbers that do not depend on the uniform numbers u: their lower digits."""
     return u * 4096 % 1
 
-
 def mask_tokens(x, masked, mask_id):
     """x (B,T) ids, masked (B,T) bool -> x with mask_id where masked."""
     return x.masked_fill(masked, mask_id)
 
-
 # ---- what a step of training gets ----
-
 
 class Batch(NamedTuple):
     """Noised rows, B of T tokens; None where there is no such thing."""
@@ -127,18 +111,15 @@ class Batch(NamedTuple):
     def to(self, device):
         return Batch(*(z if z is None else z.to(device, non_blocking=True) for z in self))
 
-
 def split(n, *tensors):
     """Tensors that belong together, or None, -> tuples of n rows of each."""
     count = next(-(-len(z) // n) for z in tensors if z is not None)
     return zip(*([None] * count if z is None else z.split(n) for z in tensors))
 
-
 def stratified(n, generator):
     """n noise levels in (0, 1], one in each n-th of the interval (low discrepancy: VDM, arXiv 2107.00630,
     app. I)."""
     return 1 - (torch.rand((), generator=generator) + torch.arange(n)) / n % 1
-
 
 class Draw:
     """The random numbers of one step for rows lo..hi of the global batch of B rows of T tokens.
@@ -170,9 +151,7 @@ class Draw:
         """(hi-lo, dimensions)."""
         return torch.randn(self.B, dimensions, generator=self.generator)[self.mine]
 
-
 # ---- likelihood bounds: random masks whose weighted cross-entropies add up to the bound ----
-
 
 def exact_count(B, T, generator, lengths=None):
     """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights that make a sum of
@@ -189,15 +168,12 @@ def exact_count(B, T, generator, lengths=None):
     masked = order.argsort(1).argsort(1) < k[:, None]
     return masked, masked / k[:, None]
 
-
 def weighted_nats(logits, x, weight):
     """-> (B,), the sum over each row of weight (B,T) * cross-entropy of x (B,T)."""
     nats = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
     return (nats * weight).sum(1)
 
-
 # ---- objectives ----
-
 
 class Objective:
     """One way to train and to use a network. A new one: a subclass and its row in OBJECTIVES.
@@ -310,7 +286,6 @@ class Objective:
         """x (B,T) -> x with what is not known (B,T) sampled. options: those of the samplers, and guidance."""
         raise NotImplementedError
 
-
 class Masked(Objective):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
     layout = "block"         # how its samplers lay out a block, see `block`
@@ -377,7 +352,6 @@ class Masked(Objective):
         net = guided(net, known, self.mask_id, guidance)
         return SAMPLERS[name](net, x, known, self.mask_id, generator, **options)
 
-
 class Elbo(Masked):
     """MDLM's bound (arXiv 2406.07524, eq. 10), nats per token: cross-entropy weighted by m'(t) / m(t)."""
 
@@ -385,13 +359,11 @@ class Elbo(Masked):
         rate, slope = SCHEDULES[self.cfg.schedule](t.view(len(t), -1))         # t may be (B,T), too
         return maskable & (self.policy(u, maskable) < rate), slope / rate, maskable.sum()
 
-
 class Task(Masked):
     """All maskable tokens are masked, mean cross-entropy: a task's answer in one step."""
 
     def mask(self, maskable, t, u):
         return maskable, 1.0, maskable.sum()
-
 
 class NextToken(Task):
     """Autoregressive: each token from those before it, for causal networks. Its bound is exact."""
@@ -407,7 +379,6 @@ class NextToken(Task):
     def bound(self, net, x, generator=None):
         """-log p(x) / T itself."""
         return weighted_nats(self.logits(net, x, None), x, 1 / x.shape[1])
-
 
 class Blocks(Masked):
     """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean
@@ -464,13 +435,11 @@ class Blocks(Masked):
         weight = weight * sizes.repeat_interleave(sizes).to(x.device) / T
         return weighted_nats(self.logits(net, x, masked), x, masked * weight)
 
-
 class BlockElbo(Blocks):
     """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8)."""
 
     def mask(self, maskable, t, u):
         return Elbo.mask(self, maskable, self.levels(t, maskable.shape[1]), u)
-
 
 class B3D(Blocks):
     """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV,
@@ -486,31 +455,24 @@ class B3D(Blocks):
         logits = net(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])
         return logits[:, :, 1].flatten(1, 2)[:, :T]
 
-
-
 # ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
 # Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1; t may be continuous.
-
 
 def linear_beta(t):
     """DDPM's beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), in the limit of many: exp(-(0.1 t +
     9.95 t^2)) (arXiv 2011.13456)."""
     return torch.exp(-(0.1 * t + 9.95 * t**2))
 
-
 def cosine_beta(t, s=0.008):
     """Nichol & Dhariwal (arXiv 2102.09672, eq. 17)."""
     return (torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)) ** 2
-
 
 def sigmoid_beta(t, start=-3.0, end=3.0):
     """Jabri et al. (arXiv 2212.11972, algorithm 1)."""
     lo, hi = (1 / (1 + math.exp(-z)) for z in (start, end))
     return (hi - torch.sigmoid(t * (end - start) + start)) / (hi - lo)
 
-
 BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmoid_beta}
-
 
 def abar(t, cfg):
     """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of
@@ -529,17 +491,14 @@ def abar(t, cfg):
     share = BETA_SCHEDULES[cfg.beta_schedule](t).clamp(1e-9, 1)
     return share / (share + (1 - share) * cfg.noise_shift**2)
 
-
 def amplitudes(t, cfg):
     """t (B,T) -> sqrt(abar) and sqrt(1 - abar), each (B,T,1) float32."""
     share = abar(t, cfg).unsqueeze(-1)
     return share.sqrt().float(), (1 - share).sqrt().float()
 
-
 class Prediction(NamedTuple):
     target: Callable      # (x_0, eps, a, s) -> what the network is to predict
     x0: Callable          # (prediction, x_t, a, s) -> x_0; a = sqrt(abar), s = sqrt(1 - abar)
-
 
 PREDICTIONS = {
     "epsilon": Prediction(lambda x0, eps, a, s: eps, lambda p, x, a, s: (x - s * p) / a),
@@ -548,13 +507,11 @@ PREDICTIONS = {
     "v_prediction": Prediction(lambda x0, eps, a, s: a * eps - s * x0, lambda p, x, a, s: a * x - s * p)}
 MODES = {"diffusion": (True, False), "mixed": (True, True), "tokens": (False, True)}     # MSE? cross-entropy?
 
-
 def rounding(x0, table):
     """x_0 (...,C) -> logits (...,V) by scalar products. Embeddings have one length: the likeliest token is
     the nearest."""
     with torch.autocast(x0.device.type, enabled=False):
         return x0 @ table.T * table.shape[1] ** -0.5
-
 
 class Estimate(NamedTuple):
     x0: Tensor            # (B,T,C)
@@ -562,7 +519,6 @@ class Estimate(NamedTuple):
     vector: Optional[Tensor]   # (B,T,C), the prediction itself; None for diffusion_mode=tokens
     a: Tensor             # its amplitudes
     s: Tensor
-
 
 def estimate(net, x_t, t, table, cfg, **options):
     """x_t (B,T,C) at levels t (B,T) -> an Estimate.
@@ -582,13 +538,11 @@ def estimate(net, x_t, t, table, cfg, **options):
     x0 = x0 * (2 * table.shape[1] ** 0.5 / x0.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
     return Estimate(x0, rounding(x0, table), vector, a, s)
 
-
 def embedded(x, t, eps, table, cfg):
     """Tokens x (B,T), levels t (B,T) with 0 for what is given -> x_0 and x_t, (B,T,C)."""
     x0 = F.embedding(x, table)
     a, s = amplitudes(t, cfg)
     return x0, a * x0 + s * eps
-
 
 class Gaussian(Objective):
     """Noise on the embeddings; the loss is the MSE of the prediction (per channel) and token_loss_weight
@@ -696,9 +650,7 @@ class Gaussian(Objective):
         options |= dict(cfg=self.cfg, steps=noise_steps(self.cfg, steps))
         return SAMPLERS[sampler or self.sampler](net, x, known, self.mask_id, generator, **options)
 
-
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
 
 @torch.no_grad()
 def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
@@ -732,7 +684,6 @@ def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
                  "embeddings (freeze=emb)")
     return {"val_loss": sum(losses) / len(losses), **found}, alarm
 
-
 def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     """One noise level of gaussian_report -> {name: number}, and the tokens (B,T) that the estimate rounds to.
     """
@@ -755,9 +706,7 @@ def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     found["cosine"] = F.cosine_similarity(x0, near, dim=-1)[masked].mean().item()
     return found, token
 
-
 # ---- text and latent: a vector z with a noise level of its own (UniDiffuser, arXiv 2303.06555) ----
-
 
 def latents_of(rows, D):
     """The latents (B,D) of data.Rows: zeros, which stand for none, where there are none."""
@@ -765,16 +714,13 @@ def latents_of(rows, D):
         return rows.x.new_zeros(len(rows.x), D, dtype=torch.float32)
     return rows.z
 
-
 def latent_cfg(cfg):
     """The Gaussian settings for a latent."""
     return replace(cfg, noise_shift=cfg.latent_noise_shift)
 
-
 def latent_amplitudes(s, cfg):
     """As amplitudes, for a latent's levels s (B,): each (B,1)."""
     return (q.squeeze(1) for q in amplitudes(s[:, None], latent_cfg(cfg)))
-
 
 def estimate_latent(net, x, z_t, s, cfg, lengths=None):
     """Text x (B,T), a normalised noisy latent z_t (B,D) of level s (B,) -> the network's Output, and its z_0
@@ -783,19 +729,16 @@ def estimate_latent(net, x, z_t, s, cfg, lengths=None):
     out = net(x, latent=a * z_t, latent_t=s, lengths=lengths)
     return out, PREDICTIONS[cfg.prediction_type].x0(out.latent, z_t, a, b)
 
-
 class Coupling(NamedTuple):
     """What a mode noises, and therefore learns to predict."""
     text: bool
     latent: bool
     unused: str = ""     # a regular expression: parameters that this mode does not use, frozen while it runs
 
-
 COUPLINGS = {"stage1_coupling": Coupling(True, True),
              "l2t": Coupling(True, False, r"^latent_head\."),
              "t2l": Coupling(False, True, r"^head\."),
              "stage2_variational": Coupling(True, False, r"^latent_head\.")}
-
 
 class Coupled(Masked):
     """Stage I: texts and latents. Each step has a mode, a row of COUPLINGS: the objective itself, or with
@@ -889,7 +832,6 @@ class Coupled(Masked):
         filled = net(row[None].masked_fill(masked, net.mask_id), latent=z).logits[0].argmax(-1)
         return metrics, (row, masked, torch.where(masked, filled, row))
 
-
 class Variational(Coupled):
     """Stage II: the text alone is masked, z = mu + sigma eps comes from the encoder (arXiv 1312.6114); a
     share drop_given of the rows is masked text without a latent. Loss terms: reconstruction (cross-entropy
@@ -930,12 +872,10 @@ class Variational(Coupled):
         geom = geometry(mu, text.detach()).sum() if cfg.geom_weight else kl.new_zeros(())
         return torch.stack([cfg.text_loss_weight * nats, rising * kl, cfg.geom_weight * geom])
 
-
 def kl_divergence(mu, logvar, prior_mu, prior_logvar):
     """KL of diagonal Gaussians, nats per dimension (B,D): arXiv 1312.6114, app. B, for any prior."""
     apart = (mu - prior_mu).square() / prior_logvar.exp()
     return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + apart - 1)
-
 
 def geometry(z, text):
     """How far distances between latents z (B,D) are from those between texts (B,C), each as a share of its
@@ -949,7 +889,6 @@ def geometry(z, text):
         d = (q[:, None] - q[None]).square().sum(-1).add(1e-9).sqrt()
         return d / d[away].mean()
     return ((distances(z) - distances(text)).square() * away).sum(1) / (len(z) - 1)
-
 
 def read_schedule(cfg):
     """sequential_schedule and mode_weights -> [(mode, steps, weight)]. ValueError for an unknown mode or
@@ -968,7 +907,6 @@ def read_schedule(cfg):
         raise ValueError(f"mode_weights={cfg.mode_weights}: give one number, or one for each of the "
                          f"{len(parts)} parts of sequential_schedule")
     return [(mode, int(steps), weight) for (mode, steps), weight in zip(parts, weights)]
-
 
 @torch.no_grad()
 def latent_report(net, x, lengths, z, generator, cfg, n=64):
@@ -995,7 +933,6 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         found[f"text_nats{name}_se"] = (nats.std() / B**0.5).item() if B > 1 else None
     return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
 
-
 def encoder_report(net, x, lengths, n):
     """kl, in nats per text; active_units, the dimensions whose mu has over 0.01 of the prior's variance over
     texts (arXiv 1509.00519, section 4.2) -> {name: number}, mu (B,D)."""
@@ -1004,7 +941,6 @@ def encoder_report(net, x, lengths, n):
     active = mu.var(0) > 0.01 * net.latent_prior.logvar.exp()
     found = {"kl": kl.sum(1).mean().item(), "kl_largest": kl.mean(0).max().item()}
     return found | {"active_units": int(active.sum())}, mu
-
 
 def prediction_report(net, x, lengths, z, generator, cfg, n):
     """latent_mse: of the latent predicted from text and pure noise, latent_mse_of_mean: of the training mean;
@@ -1020,7 +956,6 @@ def prediction_report(net, x, lengths, z, generator, cfg, n):
             "latent_mse_of_mean": z.square().mean().item() * variance,
             "latent_rank": (nearer.median() / B).item()}
 
-
 OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken,
               "block": Blocks, "block_elbo": BlockElbo, "b3d": B3D, "gaussian": Gaussian,
               "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled, "sequential": Coupled,
@@ -1028,13 +963,10 @@ OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken
 CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": OBJECTIVES,
            "beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
-
 # ---- samplers: (net, x (B,T), known (B,T), mask_id, generator, ...) -> x (B,T); known tokens stay ----
-
 
 class Logits(NamedTuple):
     logits: Tensor
-
 
 def draw(logits, temperature, top_k, top_p, generator):
     """(B,T,V) logits -> a token for each position and its probability at temperature 1, both (B,T).
@@ -1058,12 +990,10 @@ def draw(logits, temperature, top_k, top_p, generator):
     token = score.argmax(-1)
     return token, logits.softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
-
 def guide(conditional, free, scale):
     """Classifier-free guidance (arXiv 2207.12598): from what is predicted without the condition past what is
     with it."""
     return free + scale * (conditional - free)
-
 
 def guided(net, known, mask_id, scale):
     """Guidance on what is known: the unconditional side has it masked. scale 1 is no guidance."""
@@ -1077,12 +1007,10 @@ def guided(net, known, mask_id, scale):
         return Logits(guide(conditional, free, scale))
     return both
 
-
 def check_guidance(guidance, cfg):
     if guidance != 1 and not cfg.drop_given:
         raise ValueError(f"guidance={guidance:g} needs a network that was trained with some conditions "
                          "dropped (drop_given > 0): leave guidance at 1")
-
 
 def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0,
            top_p=1.0, watch=None, **unused):
@@ -1107,35 +1035,29 @@ def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, tem
             watch(x, fresh)
     return x
 
-
 def best(score, masked, count):
     """The `count` (B,) masked positions of highest score in each row."""
     order = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
     return order.argsort(1) < count[:, None]
-
 
 def confidence(sure, masked, pace, left, generator, threshold):
     """Confidence-parallel decoding (Fast-dLLM, arXiv 2505.22618): every draw whose probability reaches
     `threshold`, at least one per row, and as many of the surest as the pace asks for."""
     return (sure >= threshold) | best(sure, masked, pace)
 
-
 def topk(sure, masked, pace, left, generator, threshold):
     """Low-confidence remasking (LLaDA, arXiv 2502.09992): an even number of tokens per call, the surest."""
     return best(sure, masked, pace)
-
 
 def ancestral(sure, masked, pace, left, generator, threshold):
     """The reverse process in equal steps of t (MDLM, arXiv 2406.07524, eq. 7): of what is masked at t a share
     (t - s) / t is decided by s, all of it at s = 0."""
     return torch.rand(sure.shape, generator=generator).to(sure.device) < 1 / max(1, left)
 
-
 def first_hitting(sure, masked, pace, left, generator, threshold):
     """A uniformly random order, one token per call: exactly the reverse process, without the calls in which
     nothing changes (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
     return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
-
 
 def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None,
           **options):
@@ -1168,7 +1090,6 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
             state = net(done, state=state, lengths=lengths, clean=True).state
     return x[:, :T]
 
-
 def from_state(net, state, lengths, n, layout):
     """The network on blocks of n that go on from a state."""
     def call(z):
@@ -1177,7 +1098,6 @@ def from_state(net, state, lengths, n, layout):
         return net(z, state=state, lengths=lengths)
     return call
 
-
 def prefix_state(net, x, lengths):
     """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0; None if all are."""
     if not x.shape[1]:
@@ -1185,7 +1105,6 @@ def prefix_state(net, x, lengths):
     state = net(x, lengths=lengths.clamp_min(1), clean=True).state
     there = lambda z: z * (lengths > 0).view(-1, *[1] * (z.dim() - 1)) if torch.is_tensor(z) else z
     return torch.utils._pytree.tree_map(there, state)
-
 
 def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None,
        **unused):
@@ -1207,17 +1126,14 @@ def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, w
             watch(x, fresh)
     return x
 
-
 # ---- Gaussian samplers: one step from x_t to x_s, s < t ----
 # (x_0 (B,T,C), x_t, abar_t, abar_s, eta, generator) -> x_s; the abars are numbers.
-
 
 def ddpm(x0, x_t, at, as_, eta, generator):
     """The posterior q(x_s | x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7); eta is not used."""
     beta = 1 - at / as_
     mean = as_**0.5 * beta / (1 - at) * x0 + (at / as_) ** 0.5 * (1 - as_) / (1 - at) * x_t
     return mean + (beta * (1 - as_) / (1 - at)) ** 0.5 * normal(x_t, generator)
-
 
 def ddim(x0, x_t, at, as_, eta, generator):
     """DDIM (arXiv 2010.02502, eq. 12 and 16): eta 0 is deterministic, 1 has DDPM's variance."""
@@ -1226,16 +1142,13 @@ def ddim(x0, x_t, at, as_, eta, generator):
     x = as_**0.5 * x0 + max(0.0, 1 - as_ - sigma**2) ** 0.5 * eps
     return x + sigma * normal(x_t, generator) if eta else x
 
-
 def normal(like, generator):
     return torch.randn(like.shape, generator=generator).to(like.device)
-
 
 def noise_steps(cfg, steps=0, default=50):
     """How many steps to take from noise to text: `steps`, or where it is 0 `default`, or fewer if the network
     knows fewer."""
     return steps or min(default, cfg.diffusion_steps or default)
-
 
 def descent(cfg, steps):
     """[(t, s, abar(t), abar(s))] of `steps` steps from noise level t = 1 to 0. ValueError for more than
@@ -1248,7 +1161,6 @@ def descent(cfg, steps):
         levels = [math.ceil(t * cfg.diffusion_steps - 1e-6) / cfg.diffusion_steps for t in levels]
     share = abar(torch.tensor(levels), cfg).tolist()
     return list(zip(levels, levels[1:], share, share[1:]))
-
 
 def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, eta=0.0, clamp=False,
                     guidance=1.0, temperature=0.0, top_k=0, top_p=1.0, lengths=None, watch=None, latent=None,
@@ -1290,7 +1202,6 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
         x_t = GAUSSIAN_STEPS[rule](x0, x_t, at, as_, eta, generator) if s else x0
     return torch.where(known, x, draw(logits, temperature, top_k, top_p, generator)[0])
 
-
 GAUSSIAN_STEPS = {"ddpm": ddpm, "ddim": ddim}
 DECISIONS = {rule.__name__: rule for rule in (confidence, topk, ancestral, first_hitting)}
 SAMPLERS = {name: functools.partial(decode, rule) for name, rule in DECISIONS.items()}
@@ -1298,9 +1209,7 @@ SAMPLERS |= {"block": block, "ar": ar}
 SAMPLERS |= {rule: functools.partial(denoise_vectors, rule) for rule in GAUSSIAN_STEPS}
 STATEFUL = ("block", "ar")   # these go on from a state, past the length of the rows trained on
 
-
 # ---- text and latent. net: a Denoiser with latents; z (B,D) as in the files trained on ----
-
 
 def clean_latent(net, z):
     """Latents z (B,D) -> as the network takes them, normalised. ValueError for another dimension."""
@@ -1310,7 +1219,6 @@ def clean_latent(net, z):
     if net.latent_encoder is not None:     # an encoder's are normalised already
         return z
     return net.latent_prefix.normalise(z)
-
 
 def with_latent(net, z, guidance=1.0):
     """The network as samplers call it, with the normalised clean latents z (B,D) before every row; the
@@ -1323,7 +1231,6 @@ def with_latent(net, z, guidance=1.0):
         logits = net(twice(x), latent=both, lengths=twice(lengths), **options).logits
         return Logits(guide(*logits.chunk(2), guidance))
     return call
-
 
 def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitting", guidance=1.0, x=None,
                             known=None, **options):
@@ -1342,7 +1249,6 @@ def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitti
         options |= dict(cfg=cfg, guidance=guidance, latent=z)
         return SAMPLERS[sampler](net, x, known, net.mask_id, generator, **options)
     return SAMPLERS[sampler](with_latent(net, z, guidance), x, known, net.mask_id, generator, **options)
-
 
 def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1.0, temperature=1.0,
                             lengths=None):
@@ -1367,7 +1273,6 @@ def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1
             z0 = guide(z0, estimate_latent(net, blind, z_t, s, cfg, lengths)[1], guidance)
         z_t = ddim(z0, z_t, at, as_, eta, generator) if after else z0
     return net.latent_prefix.restore(z_t)
-
 
 def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="first_hitting", eta=0.0,
                  guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, threshold=0.95, watch=None):

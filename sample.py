@@ -59,7 +59,6 @@ wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the 
 
 MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim: masked; green: what a step decided
 
-
 class Counted:
     """The network as samplers call it, counting its calls; lengths: (B,) real tokens of each row, unless a
     call gives others."""
@@ -77,7 +76,6 @@ class Counted:
             self.carried = nets.state_bytes(options["state"]) // len(x)
         return out
 
-
 def watcher(tokenizer, mask_id):
     """Prints the first row after every step: masks dim, what the step decided green."""
     def step(x, fresh):
@@ -89,10 +87,8 @@ def watcher(tokenizer, mask_id):
         time.sleep(watch_delay)
     return step if watch else None
 
-
 def paint(text, colour):
     return colour + text + OFF if colour and sys.stdout.isatty() else text
-
 
 def body(tokenizer, ids, was, mask_id):
     """A row as text; in a terminal with what was generated in green, and without control characters."""
@@ -103,14 +99,12 @@ def body(tokenizer, ids, was, mask_id):
         out += paint(data.visible(tokenizer.decode([i for i, _ in run])), NEW if new else "")
     return out
 
-
 def settings_of(config):
     """The settings a checkpoint was trained with, a dict -> all that matter here. SettingError for one that
     cannot be."""
     groups = nets.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), {"seq_len": (128, "[1, 1e7]")}
     return configure(*groups, argv=[], env={}, show=False, choices=nets.CHOICES | diffusion.CHOICES,
                      adjust=lambda cfg: cfg.adopt(config, (), ckpt)).as_dict()
-
 
 def lines_of(path):
     """The lines of a prompt file."""
@@ -119,7 +113,6 @@ def lines_of(path):
     if not lines:
         raise ValueError(f"prompt_file={path} is empty: write a prompt per line")
     return lines
-
 
 def rows_of_text(tokenizer, mask_id, T, prompts):
     """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full. prompts: a list
@@ -139,13 +132,11 @@ def rows_of_text(tokenizer, mask_id, T, prompts):
         rows = [torch.cat(pieces)[:-1]]
     return padded([row for row in rows for _ in range(num_samples)])
 
-
 def padded(rows):
     """Rows of ids -> x (B,T), lengths (B,) or None where all rows are full."""
     lengths = torch.tensor([len(row) for row in rows])
     x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return x, None if lengths.min() == x.shape[1] else lengths
-
 
 def fill(model, objective, tokenizer, x, lengths, known):
     """Fill x (B,T) where not known, and report what it took -> x on the CPU."""
@@ -163,7 +154,6 @@ def fill(model, objective, tokenizer, x, lengths, known):
           f"{n / taken:.0f} tokens/s ({name}{carried})")
     return y.cpu()
 
-
 def answer_task(model, objective, tokenizer, name, settings):
     """Answers to rows of the task's evaluation set, with a score."""
     source = data.TaskSource(name, tasks.params(name, settings), settings["seq_len"])
@@ -174,7 +164,6 @@ def answer_task(model, objective, tokenizer, name, settings):
     score = source.score(x, y, masked)
     print(f"{name}: accuracy {score[f'{name}_acc']:.4f}, exact {score[f'{name}_exact']:.4f} of {num_samples} "
           "rows")
-
 
 def write_text(model, objective, tokenizer, T, prompts):
     """Text after prompts, between a prompt and a suffix, or in holes."""
@@ -191,7 +180,6 @@ def write_text(model, objective, tokenizer, T, prompts):
             ids = ids[:ids.index(eot) + 1]
         print("---\n" + body(tokenizer, ids, was.tolist(), model.mask_id))
 
-
 def read_latent(model, projection):
     """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for
     anything else."""
@@ -204,7 +192,6 @@ def read_latent(model, projection):
         raise ValueError(f"{latent} holds {z.dtype} {z.shape}: this network takes finite numbers, {D} per "
                          f"latent{also}")
     return torch.from_numpy(z.astype(np.float32))
-
 
 def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
@@ -260,7 +247,6 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         with written(path) as f:
             np.save(f, z.cpu().float().numpy())
 
-
 @torch.no_grad()
 def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
@@ -283,7 +269,8 @@ def main(cfg):
     objective = diffusion.OBJECTIVES[name](diffusion.trained_with(trained | {"objective": name}), model.cfg)
     with_latents = (mode or latent) and objective.fits_latent(sampler)
     if sampler and not objective.fits(sampler) and not with_latents:
-        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave sampler out")
+        raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave "
+                         "sampler out")
     texts = prompt or suffix or prompt_file or text
     if task and not texts:
         answer_task(model, objective, tokenizer, task, trained)
@@ -294,7 +281,6 @@ def main(cfg):
         write_latents(model, objective, tokenizer, saved, T, prompts)
     else:
         write_text(model, objective, tokenizer, T, prompts)
-
 
 if __name__ == "__main__":
     with one_line_errors():

@@ -92,7 +92,6 @@ threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 compile = False             # the layers through torch.compile; where it does not work the run goes on without
 shard = False               # torchrun: weights, gradients, optimizer states are sharded (FSDP2)
 
-
 # ---- settings that depend on others ----
 
 def source_kind(cfg):
@@ -101,14 +100,11 @@ def source_kind(cfg):
         return data.TaskSource
     return data.PairSource if data.has_pairs(cfg.data_path) else data.TextSource
 
-
 def objective_name(cfg):
     """The objective asked for, or that of the data."""
     return cfg.objective or source_kind(cfg).objective
 
-
 KEEP = ("out_dir", "init_from", "train", "weights_path", "device", "shard")   # never taken from a checkpoint
-
 
 def defaults_for(cfg):
     """Defaults that depend on other settings; where a run goes on from or evaluates a checkpoint of ours, the
@@ -136,7 +132,6 @@ def defaults_for(cfg):
         for key, value in dict(n_layer=2, seq_len=64, batch_size=32).items():
             cfg.default(key, value, why=f"{task}_task")
 
-
 def start_path(cfg):
     """The checkpoint that a run starts from, "" for a fresh start."""
     own = os.path.join(cfg.out_dir, "ckpt.pt")
@@ -145,7 +140,6 @@ def start_path(cfg):
         named["scratch"] = own
         return cfg.weights_path or named.get(cfg.init_from, cfg.init_from)
     return named.get(cfg.init_from, cfg.init_from)
-
 
 def check_settings(cfg, saved, world, resumed):
     """What the settings must satisfy before anything is built, and long before anything is written.
@@ -174,7 +168,6 @@ def check_settings(cfg, saved, world, resumed):
         rows = max(rows, cfg.struct_eval_n)
     nets.in_memory(16 * rows * cfg.seq_len, f"seq_len={cfg.seq_len} with {rows} rows")
 
-
 def check_place(key, path, folder):
     """ValueError unless `path` can be written: a folder that is there or can be made, or a file in one."""
     if not folder and os.path.isdir(path):
@@ -197,9 +190,7 @@ def check_place(key, path, folder):
         raise ValueError(f"{key}={short(path)} cannot be written ({e.strerror or e}): choose another with "
                          f"--{key}") from None
 
-
 # ---- processes, and what a run holds on disk ----
-
 
 def launched():
     """What torchrun says of this process -> rank, world, local rank. ValueError for half of it, or for what
@@ -221,7 +212,6 @@ def launched():
         raise ValueError(f"{said}, but no MASTER_ADDR and MASTER_PORT: {repair}")
     return rank, world, local
 
-
 def lock(folder):
     """Hold a folder, if it is there, until this process ends -> the lock. ValueError: another run holds it.
     """
@@ -239,12 +229,10 @@ def lock(folder):
         pass
     return held
 
-
 def print0(text):
     """Print above any progress bar; only the first process does."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
-
 
 def move_aside(path):
     """Starting afresh never overwrites a finished run: its checkpoint becomes ckpt.pt.1, ckpt.pt.2, ..."""
@@ -253,7 +241,6 @@ def move_aside(path):
         os.replace(path, f"{path}.{n}")
         print0(f"moved the checkpoint of an earlier run to {path}.{n} (--init_from=resume would have gone on "
                "from it)")
-
 
 class Log:
     """log.jsonl: a dict per line. Until `open`, when the first step is certain, lines are kept back."""
@@ -283,7 +270,6 @@ class Log:
                                  "stays, make room and go on with --init_from=resume") from None
             self.lines.clear()
 
-
 def in_json(x):
     """What JSON can say: null for numbers that are not finite."""
     if isinstance(x, dict):
@@ -291,7 +277,6 @@ def in_json(x):
     if isinstance(x, float) and not math.isfinite(x):
         return None
     return x
-
 
 class Stop:
     """Ctrl-C and SIGTERM while training: the first asks for an end after the step at hand, a second one ends
@@ -307,9 +292,7 @@ class Stop:
             os._exit(128 + signum)
         self.code = 128 + signum
 
-
 # ---- data and network ----
-
 
 def open_source(cfg, saved):
     """The data: the chosen task, or data_bin or data_path, with the tokenizer of the checkpoint `saved`, if
@@ -334,7 +317,6 @@ def open_source(cfg, saved):
                          f"data ({source.tokenizer.alphabet!r}): use the task it was trained on, or start "
                          "with --init_from=scratch")
     return source
-
 
 def build_model(cfg, source, path, saved):
     """The network, from scratch or with the weights of a checkpoint; its shape must be what the user asked
@@ -370,7 +352,6 @@ def build_model(cfg, source, path, saved):
                          "it was trained with")
     return model if was.get("latent_dim") else kind.prepare(model, source)
 
-
 def build_objective(cfg, model):
     """The objective on that network. ValueError where the two do not go together."""
     name = objective_name(cfg)
@@ -379,12 +360,10 @@ def build_objective(cfg, model):
     objective.check(nets.direction(model.cfg))
     return objective
 
-
 def changed_settings(cfg, before):
     """The settings given that shape the optimizers and are not those of `before`, the checkpoint's."""
     keys = ("optimizer", "freeze_backbone", *nets.ModelConfig.__dataclass_fields__)
     return [key for key in keys if cfg.given(key) and getattr(cfg, key) != before.get(key)]
-
 
 class Learner(torch.nn.Module):
     """The network with its objective as one module: DistributedDataParallel and FSDP see one forward pass,
@@ -400,14 +379,11 @@ class Learner(torch.nn.Module):
     def evaluate(self, *args):
         return self.objective.evaluate(self.model, *args)
 
-
 def in_bf16(cfg, device):
     return cfg.dtype == "bf16" or cfg.dtype == "auto" and nets.fast_bf16(device)
 
-
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg, device))
-
 
 def try_compile(cfg, learner, batch, device):
     """Compile the network and try it on a batch; where torch.compile does not work, say so and leave the
@@ -422,7 +398,6 @@ def try_compile(cfg, learner, batch, device):
         print0(f"compile=1 does not work here, going on without: {type(e).__name__}: {lines[0]}")
     learner.zero_grad(set_to_none=True)
 
-
 def shard_over_processes(learner):
     """Parameters are sharded, each block a group of its own (FSDP2); ln0 has one because it is used outside
     its block."""
@@ -434,13 +409,11 @@ def shard_over_processes(learner):
         fully_shard(module)
     register_fsdp_forward_method(learner, "evaluate")
 
-
 def gather(state):
     """A nest of tensors with the sharded ones (DTensor) put together, on the CPU of every process."""
     def whole(x):
         return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
     return torch.utils._pytree.tree_map(whole, state)
-
 
 def reshard_like(p, x):
     """A whole tensor x sharded as p is, if it is."""
@@ -449,9 +422,7 @@ def reshard_like(p, x):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x, p.device_mesh, p.placements)
 
-
 # ---- what learns ----
-
 
 def set_trainable(cfg, model, step, unused=""):
     """Which parameters learn at this step: all but those that `freeze` names or freeze_backbone means, and
@@ -468,7 +439,6 @@ def set_trainable(cfg, model, step, unused=""):
         p.requires_grad_(name not in frozen)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-
 def named(names, key, patterns):
     """The names that one of the setting's patterns matches. ValueError for a pattern that matches nothing."""
     found = set()
@@ -483,7 +453,6 @@ def named(names, key, patterns):
         found |= set(mine)
     return found
 
-
 def backbone(cfg, names):
     """What freeze_backbone freezes. The embeddings are not among it: one row of them, the mask's, must learn
     (mask_row_only)."""
@@ -491,7 +460,6 @@ def backbone(cfg, names):
     if cfg.train_lm_head or not cfg.use_rwkv_lm_head:
         learn.add("head.weight")
     return {name for name in names if name not in learn and not any(part in name for part in nets.ADDED)}
-
 
 def mask_row_only(cfg, model, step):
     """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has
@@ -503,9 +471,7 @@ def mask_row_only(cfg, model, step):
         row = torch.arange(len(grad), device=grad.device) == model.mask_id
         grad *= reshard_like(grad, row.unsqueeze(1))
 
-
 # ---- steps ----
-
 
 def lr_factor(cfg, step):
     """Linear warm-up, flat, linear warm-down that would reach 0 one step after the last."""
@@ -513,14 +479,12 @@ def lr_factor(cfg, step):
     down = (cfg.max_iters - step) / max(1, cfg.warmdown_iters)
     return min(1.0, up, down)
 
-
 def set_rates(cfg, groups, base_lrs, step):
     """Learning rates of a step, and Muon's momentum, which rises from 0.85 to 0.95."""
     for group, base in zip(groups, base_lrs):
         group["lr"] = base * lr_factor(cfg, step)
         if "momentum" in group:
             group["momentum"] = 0.85 + 0.1 * min(1.0, step / cfg.momentum_iters)
-
 
 def micro_batches(step, source, objective, B, device_bsz, seed, rank=0, world=1):
     """This process's rows of a step's global batch of B, in micro-batches -> [Batch], the denominators of the
@@ -531,7 +495,6 @@ def micro_batches(step, source, objective, B, device_bsz, seed, rank=0, world=1)
     batch, total = objective.noise(rows, draw, step)
     parts = diffusion.split(device_bsz or hi - lo, *batch)
     return [diffusion.Batch(*part) for part in parts], total
-
 
 def add_gradients(cfg, trained, learner, parts, total, step, device, world):
     """Gradients of the micro-batches, summed over processes with the last -> this process's loss terms."""
@@ -548,7 +511,6 @@ def add_gradients(cfg, trained, learner, parts, total, step, device, world):
             (term.sum() * world).backward()            # times world: DDP takes the mean over processes
         terms += term.detach()
     return terms
-
 
 @dataclasses.dataclass
 class Run:
@@ -580,7 +542,6 @@ class Run:
     def groups(self):
         return [group for o in self.optimizers for group in o.param_groups]
 
-
 def evaluate(run, step):
     """-> {"val_loss": ..., ...}, (target, masked, predicted) of a row to show."""
     cfg = run.cfg
@@ -594,7 +555,6 @@ def evaluate(run, step):
     with torch.no_grad(), autocast(cfg, run.device):
         generator = data.generator(cfg.struct_eval_seed, 0, 2)
         return run.evaluated.evaluate(run.source, rows.to(run.device), generator, cfg.batch_size)
-
 
 def report(run, step):
     """Evaluate, print, log."""
@@ -618,7 +578,6 @@ def report(run, step):
     if run.cfg.log_sample:
         print0(data.side_by_side(run.source.tokenizer, *(z.cpu() for z in sample), run.cfg.log_win))
 
-
 def save(run, step):
     """Write a checkpoint. ValueError if a weight is not finite."""
     states = [o.state_dict() for o in run.optimizers]
@@ -636,7 +595,6 @@ def save(run, step):
     if run.lead:
         nets.save_checkpoint(run.own, content)
     run.saved_at = step
-
 
 def restore(optimizers, states, path, changed):
     """The optimizers go on from the states of a checkpoint, with this run's rates and other settings.
@@ -662,7 +620,6 @@ def restore(optimizers, states, path, changed):
                          f"{repair}, or start a new run from its weights with --init_from={path} and another "
                          "--out_dir") from None
 
-
 def header(cfg, model, device):
     """The first line of log.jsonl: all that is needed to repeat the run."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -673,7 +630,6 @@ def header(cfg, model, device):
             "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type),
             "config": cfg.as_dict()}
 
-
 def commit():
     """The commit of this code as git describes it, "none" where there is no git or no repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -683,9 +639,7 @@ def commit():
         return done.stdout.strip() or "none"
     return "none"
 
-
 # ---- the run ----
-
 
 def parallel(run):
     """The learner as the steps call it: over several processes by DistributedDataParallel, unless sharded."""
@@ -693,13 +647,11 @@ def parallel(run):
         return run.learner
     return DistributedDataParallel(run.learner, find_unused_parameters=not run.objective.uses_all)
 
-
 def agree(total, ending, device):
     """Sums of the denominators over all processes, and whether one of them is asked to stop: then all do."""
     shared = torch.cat([total.view(-1), total.new_tensor([ending])]).to(device)
     dist.all_reduce(shared)
     return shared[:-1].view_as(total), bool(shared[-1])
-
 
 def set_up(cfg, saved, resumed, rank, world, device):
     """Data, network, objective, average, optimizers: nothing is written yet -> a Run."""
@@ -746,7 +698,6 @@ def set_up(cfg, saved, resumed, rank, world, device):
            f"{first['threads']} threads, {origin}")
     return run
 
-
 def begin(run, held, resumed):
     """The first step can be taken: from here on out_dir is this run's -> the lock on it."""
     cfg = run.cfg
@@ -760,7 +711,6 @@ def begin(run, held, resumed):
     if not resumed:
         save(run, 0)
     return held
-
 
 def end(run, step, stopped):
     """The last checkpoint. stopped: the exit code of a signal that asked for an end before the last step."""
@@ -783,7 +733,6 @@ def end(run, step, stopped):
             shutil.copyfileobj(checkpoint, to)
     print0(f"checkpoint {run.own}{copied}; try: python sample.py --ckpt={cfg.weights_path or run.own}")
 
-
 def main(cfg):
     # processes and machine
     rank, world, local = launched()
@@ -798,6 +747,7 @@ def main(cfg):
     check_settings(cfg, saved, world, resumed)
     held = cfg.train and rank == 0 and lock(cfg.out_dir)
     if resumed and saved["step"] >= cfg.max_iters:
+        open_source(cfg, saved)            # other data than it was trained on would be an error
         return print0(f"the run in {cfg.out_dir}/ckpt.pt is at step {saved['step']} already, "
                       f"max_iters={cfg.max_iters}: nothing to do; to train it further give a larger "
                       "--max_iters")
@@ -874,13 +824,11 @@ def main(cfg):
     bar.close()
     end(run, step + 1, step + 1 < cfg.max_iters and (stop.code or 143))
 
-
 FIRST = ("out_dir", "init_from", "data_path", "tokenizer", "seq_len", "batch_size", "max_iters", "n_layer",
-         "n_embd", "head_size", "mixer", "direction", "dw_jrt", "objective", "optimizer", "muon_lr", "learning_rate",
-         "eval_interval", "device", "dtype")   # what --help shows first
+         "n_embd", "head_size", "mixer", "direction", "dw_jrt", "objective", "optimizer", "muon_lr",
+         "learning_rate", "eval_interval", "device", "dtype")   # what --help shows first
 # names of the original experiments that have no effect here; sample.py continues prompts
 IGNORED = ("*_eval", "mem_check", "log_output", "gen_tokens", "prompt_len")
-
 
 if __name__ == "__main__":
     with one_line_errors("no checkpoint was written since the last one that was announced"):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import model as nets
-import train
 from conftest import ROOT, kill_after, ok
 
 TINY = dict(STRUCT_TASK=1, STRUCT_LEN=2, DW_JRT=1, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=6, EVAL_INTERVAL=3, STRUCT_EVAL_N=10,
