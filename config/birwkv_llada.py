@@ -1,4 +1,7 @@
-"""BiRWKV-LLaDA's way: BiWKV with time-conditioned decay and BiShift: DATA_PATH=input.txt python train.py config/birwkv_llada.py"""
+"""BiRWKV-LLaDA's way: BiWKV with time-conditioned decay and BiShift:
+
+    DATA_PATH=input.txt python train.py config/birwkv_llada.py
+"""
 objective = "gaussian"
 diffusion_mode = "mixed"
 prediction_type = "x0"

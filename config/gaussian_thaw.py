@@ -1,4 +1,7 @@
-"""Embeddings frozen for the first steps, then learning: python train.py config/gaussian.py config/gaussian_thaw.py"""
+"""Embeddings frozen for the first steps, then learning:
+
+    python train.py config/gaussian.py config/gaussian_thaw.py
+"""
 objective = "gaussian"
 freeze = "emb"
 unfreeze_after_steps = 100

@@ -1,4 +1,7 @@
-"""Texts with latents, Stage I: DATA_PATH=FOLDER python train.py config/latent.py, after python data.py latents --out=FOLDER"""
+"""Texts with latents, Stage I:
+
+    DATA_PATH=FOLDER python train.py config/latent.py, after python data.py latents --out=FOLDER
+"""
 objective = "sequential"
 seq_len = 128
 batch_size = 64

@@ -1,4 +1,7 @@
-"""The learning rates of the published experiments: STRUCT_TASK=1 DW_JRT=1 DW_JRT_SCALE=20 python train.py config/published.py"""
+"""The learning rates of the published experiments:
+
+    STRUCT_TASK=1 DW_JRT=1 DW_JRT_SCALE=20 python train.py config/published.py
+"""
 muon_lr = 0.02
 adam_lr = 0.0026
 ln_lr = 0.009

@@ -1,4 +1,7 @@
-"""Characters of a text by masked diffusion, both ways, on a CPU: DATA_PATH=input.txt python train.py config/shakespeare.py"""
+"""Characters of a text by masked diffusion, both ways, on a CPU:
+
+    DATA_PATH=input.txt python train.py config/shakespeare.py
+"""
 tokenizer = "char"
 seq_len = 128
 batch_size = 64
