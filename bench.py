@@ -801,12 +801,12 @@ def block_job(net, B, context):
     text = torch.randint(net.mask_id, (B, context), device=device)
     mask = torch.full((B, 32), net.mask_id, device=device)
     for part in text.split(256, 1):        # attention scores of longer parts would fill the memory
-        state = net(part, state=state, clean=True).state
+        state = net(part, state=state, finished_text=True).state
 
     def block():
         for _ in range(8):
             net(mask, state=state)
-        net(mask, state=state, clean=True)
+        net(mask, state=state, finished_text=True)
     return block, state
 
 @torch.inference_mode()

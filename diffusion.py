@@ -2,9 +2,10 @@
 
 B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the
 share of tokens masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None,
-clean=False, every=None) that returns an object with `logits` (B,T,V) and `state`, such as model.Denoiser;
-only block diffusion uses state, clean and every. Gaussian diffusion calls it as (x_t (B,T,C), t (B,T),
-before=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is passed in.
+finished_text=False, block_states=None) that returns an object with `logits` (B,T,V) and `state`, such as
+model.Denoiser; only block diffusion uses the last three. Gaussian diffusion calls it as (x_t (B,T,C),
+t (B,T), x0_guess=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is
+passed in.
 """
 import functools
 import math
@@ -416,7 +417,7 @@ class Blocks(Masked):
         block.
         """
         (B, T), n = x.shape, self.net_cfg.block_size
-        states = net(x, every=n).state
+        states = net(x, block_states=n).state
         noisy = F.pad(mask_tokens(x, masked, self.mask_id), (0, -T % n), value=self.mask_id).view(-1, n)
         lengths = None
         if T % n:
@@ -608,12 +609,12 @@ class Gaussian(Objective):
         latent."""
         cfg, table = self.cfg, net.table()
         x0, x_t = embedded(x, t, eps, table, cfg)
-        before = None
+        x0_guess = None
         if net.cfg.self_cond:
             with torch.no_grad():
-                before = estimate(net, x_t, t, table, cfg, **options).x0
-                before = before * (second_uniform(eps[:, :1, :1].abs()) < 0.5)
-        found = estimate(net, x_t, t, table, cfg, before=before, **options)
+                x0_guess = estimate(net, x_t, t, table, cfg, **options).x0
+                x0_guess = x0_guess * (second_uniform(eps[:, :1, :1].abs()) < 0.5)
+        found = estimate(net, x_t, t, table, cfg, x0_guess=x0_guess, **options)
         terms = {}
         if found.vector is not None:       # detached: else embeddings move to what is easily predicted
             target = PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, found.a, found.s)
@@ -690,10 +691,10 @@ def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     t = level * masked.float()
     eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
     _, x_t = embedded(x, t, eps, table, cfg)
-    before = None
+    x0_guess = None
     if net.cfg.self_cond:
-        before = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent).x0
-    x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, before=before, **latent)
+        x0_guess = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent).x0
+    x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, x0_guess=x0_guess, **latent)
     token, found = logits.argmax(-1), {}
     near = F.embedding(token, table)
     if vector is not None:
@@ -1087,7 +1088,7 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
             ended |= (done == eot).any(1)
         x, start = x.scatter(1, at, done), (start + n).clamp_max(T)
         if (start < T).any():
-            state = net(done, state=state, lengths=lengths, clean=True).state
+            state = net(done, state=state, lengths=lengths, finished_text=True).state
     return x[:, :T]
 
 def from_state(net, state, lengths, n, layout):
@@ -1102,7 +1103,7 @@ def prefix_state(net, x, lengths):
     """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0; None if all are."""
     if not x.shape[1]:
         return None
-    state = net(x, lengths=lengths.clamp_min(1), clean=True).state
+    state = net(x, lengths=lengths.clamp_min(1), finished_text=True).state
     there = lambda z: z * (lengths > 0).view(-1, *[1] * (z.dim() - 1)) if torch.is_tensor(z) else z
     return torch.utils._pytree.tree_map(there, state)
 
@@ -1181,19 +1182,19 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
     options = dict(lengths=lengths)
     if latent is not None:
         options["latent"] = latent
-    before = before_free = None
+    x0_guess = free_guess = None
     for t, s, at, as_ in steps:
         level, seen = x_t.new_full(x.shape, t), torch.where(given, clean, x_t)
         levels = level.masked_fill(known, 0)
-        x0, logits, *_ = estimate(net, seen, levels, table, cfg, before=before, **options)
+        x0, logits, *_ = estimate(net, seen, levels, table, cfg, x0_guess=x0_guess, **options)
         if net.cfg.self_cond:
-            before = x0
+            x0_guess = x0
         if guidance != 1:
             noised = torch.where(given, at**0.5 * clean + (1 - at) ** 0.5 * normal(clean, generator), x_t)
-            blind = dict(lengths=lengths, before=before_free)
+            blind = dict(lengths=lengths, x0_guess=free_guess)
             free, free_logits, *_ = estimate(net, noised, level, table, cfg, **blind)
             if net.cfg.self_cond:
-                before_free = free
+                free_guess = free
             x0, logits = guide(x0, free, guidance), guide(logits, free_logits, guidance)
         if clamp:
             x0 = F.embedding(logits.argmax(-1), table)

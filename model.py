@@ -88,8 +88,8 @@ class Sequence:
     seen_block: int               # attention: a token sees its own block and those before; 1 = causal
     seeded: bool                  # DW-JRT: do layers hand on their final states?
     pieces: int                   # ... of so many parts of the sequence, each seeded by its own
-    clean: bool                   # finished text: the forward scan alone
-    every: Optional[int]          # keep the states at 0, every, 2 * every, ...
+    finished_text: bool           # it is one: the forward scan alone
+    block_states: Optional[int]   # n: keep the states at 0, n, 2n, ...
     time: Optional[Tensor]        # (B,1,C) or (B,T,C), the embedded noise level
     valid: Optional[Tensor]       # (B,T) bool, tokens that are not padding; None = all
     back_valid: Optional[Tensor]  # the same for the rows of `reverse`
@@ -97,12 +97,12 @@ class Sequence:
     padded_left: bool             # may have padding before the text, too
 
     @classmethod
-    def of(cls, x, cfg, time, lengths, clean, every, has_latent):
+    def of(cls, x, cfg, time, lengths, finished_text, block_states, has_latent):
         """x (B,T,C); has_latent (B,) or None: x begins with a prefix, padding in rows without a latent."""
         (B, T), way = x.shape[:2], direction(cfg)
         block = {"causal": 0, "bidirectional": T}.get(way, min(cfg.block_size, T))
-        seen = (every or cfg.block_size) if clean else block
-        seeded = cfg.dw_jrt and not clean
+        seen = (block_states or cfg.block_size) if finished_text else block
+        seeded = cfg.dw_jrt and not finished_text
         pieces = -(-T // block) if seeded and block else 1
         valid, back_valid, last_at = real_tokens(x, lengths), None, None
         if lengths is not None:
@@ -113,15 +113,17 @@ class Sequence:
         if block and (valid is not None or T % block):
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
-        return cls(B, T, block, 1 if way == "causal" else seen, seeded, pieces, clean, every, time, valid,
+        seen = 1 if way == "causal" else seen
+        return cls(B, T, block, seen, seeded, pieces, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
     def last(self, x, before):
-        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with `every` those before
-        each block (B * blocks, C). before: the one before x, (B,C) or None."""
-        if self.every:
+        """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with block_states those
+        before each block (B * blocks, C). before: the one before x, (B,C) or None."""
+        if self.block_states:
             before = torch.zeros_like(x[:, 0]) if before is None else before
-            return torch.cat([before[:, None], x[:, self.every - 1:self.T - 1:self.every]], 1).flatten(0, 1)
+            ends = x[:, self.block_states - 1:self.T - 1:self.block_states]
+            return torch.cat([before[:, None], ends], 1).flatten(0, 1)
         return x[:, -1] if self.last_at is None else x.flatten(0, 1).index_select(0, self.last_at)
 
     def shifted(self, x, reach=0):
@@ -394,19 +396,19 @@ class RWKV7(Mixer, Scan7):
         seeds = carry.seeds or [None] * seq.pieces
         if seq.pieces == 1:
             s0, leak = self.start(s0, seeds[0])
-            scan = dict(s0=s0, leak=leak, every=seq.every)
+            scan = dict(s0=s0, leak=leak, every=seq.block_states)
         else:
             scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
         y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
         ends = [s] if seq.pieces == 1 else s           # the state after each piece
         s = ends[-1]
-        if seq.every:                                  # states at block starts are rows of their own
-            s = s[:, :-(-seq.T // seq.every)].flatten(0, 1)
+        if seq.block_states:                                  # states at block starts are rows of their own
+            s = s[:, :-(-seq.T // seq.block_states)].flatten(0, 1)
         if seq.seeded:
             carry = carry._replace(seeds=ends)
         if carry.v_first is None:
             carry = carry._replace(v_first=v)
-        if self.fuse and seq.clean:
+        if self.fuse and seq.finished_text:
             y = self.fuse(y, torch.zeros_like(y))
         elif self.fuse:
             z, _, v = self.back.mix(seq.reverse(x), None, seq.back_valid, carry.v_first_back)
@@ -498,7 +500,7 @@ class Attention(Mixer):
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.output(y.transpose(1, 2).flatten(2).view(x.shape))
-        return y, past if in_blocks else Cache(k, v, real, seq.every), None, carry
+        return y, past if in_blocks else Cache(k, v, real, seq.block_states), None, carry
 
     def view(self, x, past, seq):
         """x (B,T,C), the P tokens of `past` before it -> rotary cos and sin, each (T, N/2) or (B,1,T,N/2);
@@ -705,8 +707,8 @@ def norm(cfg):
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False, every=None,
-                    before=None)
+        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None,
+                    finished_text=False, block_states=None, x0_guess=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, if there are blocks).
@@ -716,11 +718,13 @@ class Denoiser(nn.Module):
     one of blocks in whole blocks, a bidirectional one takes x as one block: state flows only forward.
     lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: neither the
     row's logits nor its state, nor what DW-JRT seeds.
-    clean: finished text, read for its state: the forward scan alone (attention: by blocks), without seeds.
-    every=n: a clean pass whose `out.state` holds the states at 0, n, 2n, ... < T, for B * ceil(T / n) rows:
-    if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes on from the clean text
-    before it. All at once, this is what going on block by block from a carried state gives.
-    before: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
+    finished_text: x is clean text, read for its state: the forward scan alone (attention: by blocks), without
+    seeds.
+    block_states=n: a pass of finished text whose `out.state` holds the states at 0, n, 2n, ... < T, for
+    B * ceil(T / n) rows: if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes
+    on from the finished text before it. All at once, this is what going on block by block from a carried
+    state gives.
+    x0_guess: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
     """
 
     def __init__(self, cfg):
@@ -771,19 +775,21 @@ class Denoiser(nn.Module):
         if cfg.dw_jrt:
             DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
-    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None, clean=False,
-                every=None, before=None):
-        cfg, has_latent, clean = self.cfg, None, clean or every is not None
+    def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None,
+                finished_text=False, block_states=None, x0_guess=None):
+        cfg, has_latent = self.cfg, None
+        finished_text = finished_text or block_states is not None
         time = self.embed_time(x, t, latent_t, lengths)                          # (B,1,C) or (B,T,C) or None
-        x = self.embed(x, time, before)                                          # (B,T,C)
+        x = self.embed(x, time, x0_guess)                                        # (B,T,C)
         if latent is not None:
-            if not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,) or state is not None or clean:
+            wrong = not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,)
+            if wrong or state is not None or finished_text:
                 takes = f"(B,{cfg.latent_dim})" if cfg.latent_dim else "none"
                 raise ValueError(f"a latent of shape {tuple(latent.shape)}: this network takes {takes}, "
                                  "and only with whole rows, not with a state")
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
-        seq = Sequence.of(x, cfg, time, lengths, clean, every, has_latent)
+        seq = Sequence.of(x, cfg, time, lengths, finished_text, block_states, has_latent)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for i, block in enumerate(self.blocks):
             x, s, carry = block(x, None if state is None else state[i], seq, carry)
@@ -805,12 +811,12 @@ class Denoiser(nn.Module):
         latent_t = torch.zeros_like(t[:, 0]) if latent_t is None else latent_t
         return self.time(t, latent_t.unsqueeze(1))
 
-    def embed(self, x, time, before):
+    def embed(self, x, time, x0_guess):
         """Ids (B,T) or embeddings (B,T,C) -> (B,T,C)."""
         if not x.is_floating_point():
             return self.emb(x)
         if self.cfg.self_cond:
-            x = torch.cat([x, torch.zeros_like(x) if before is None else before], -1)
+            x = torch.cat([x, torch.zeros_like(x) if x0_guess is None else x0_guess], -1)
         return self.enter(x) + time if self.cfg.gaussian else x
 
     def add_prefix(self, latent, x, time, lengths):

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -183,9 +184,7 @@ def check_place(key, path, folder):
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(os.path.join(where, f"{name}.tmp"))
         if missing[not folder:]:           # some file systems say yes and then refuse
-            first = os.path.join(where, missing[-1])
-            os.mkdir(first)
-            os.rmdir(first)
+            os.rmdir(tempfile.mkdtemp(dir=where))      # a name that no other process has
     except OSError as e:
         raise ValueError(f"{key}={short(path)} cannot be written ({e.strerror or e}): choose another with "
                          f"--{key}") from None

@@ -254,7 +254,7 @@ def test_bounds_on_a_source_of_known_entropy(name, n):
 
 def recomputed(net, x, masked, lo, hi):
     """Logits of one block, its state from reading the clean text before it again."""
-    state = net(x[:, :lo], clean=True).state if lo else None
+    state = net(x[:, :lo], finished_text=True).state if lo else None
     out = torch.zeros(*x.shape, 3)
     out[:, lo:hi] = net(mask_tokens(x, masked, 3)[:, lo:hi], state=state).logits
     return out
@@ -272,7 +272,7 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
     for lo in range(0, T, 4):
         assert torch.allclose(net(noisy[:, lo:lo + 4], state=state).logits, whole[:, lo:lo + 4], atol=1e-5)
         assert torch.allclose(recomputed(net, x, masked, lo, min(lo + 4, T))[:, lo:lo + 4], whole[:, lo:lo + 4], atol=1e-5)
-        state = net(x[:, lo:lo + 4], state=state, clean=True).state
+        state = net(x[:, lo:lo + 4], state=state, finished_text=True).state
 
 
 @pytest.mark.parametrize("name", ["two-way, dw_jrt", "attention"])
@@ -303,16 +303,16 @@ def test_the_cache_after_many_blocks_equals_reading_everything_again(name, B):
     state = diffusion.prefix_state(net, text[:, :int(start.max())], start)
     for blocks in range(1, 101):
         piece = text[rows, start[:, None] + (blocks - 1) * n + torch.arange(n)]
-        state = net(piece, state=state, clean=True).state
+        state = net(piece, state=state, finished_text=True).state
         if blocks in (1, 10, 100):
             cached = net(probe, state=state).logits
             for i, s in enumerate(start.tolist()):
                 if "attention" in name:                                # its blocks count from where they began
-                    fresh = net(text[i:i + 1, :s], clean=True).state
+                    fresh = net(text[i:i + 1, :s], finished_text=True).state
                     for lo in range(s, s + blocks * n, n):
-                        fresh = net(text[i:i + 1, lo:lo + n], state=fresh, clean=True).state
+                        fresh = net(text[i:i + 1, lo:lo + n], state=fresh, finished_text=True).state
                 else:
-                    fresh = net(text[i:i + 1, :s + blocks * n], clean=True).state
+                    fresh = net(text[i:i + 1, :s + blocks * n], finished_text=True).state
                 assert (net(probe[:1], state=fresh).logits - cached[i]).abs().max() <= 1e-4
 
 

@@ -36,7 +36,7 @@ class Perfect:
     def table(self):
         return self.embeddings
 
-    def __call__(self, x_t, t, lengths=None, before=None):
+    def __call__(self, x_t, t, lengths=None, x0_guess=None):
         self.calls.append(t)
         x0 = self.embeddings[self.x]
         a, s = amplitudes(t, self.diffusion)
