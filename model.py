@@ -402,7 +402,7 @@ class RWKV7(Mixer, Scan7):
         y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
         ends = [s] if seq.pieces == 1 else s           # the state after each piece
         s = ends[-1]
-        if seq.block_states:                                  # states at block starts are rows of their own
+        if seq.block_states:                           # states at block starts are rows of their own
             s = s[:, :-(-seq.T // seq.block_states)].flatten(0, 1)
         if seq.seeded:
             carry = carry._replace(seeds=ends)

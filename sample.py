@@ -265,7 +265,8 @@ def main(cfg):
         tokenizer = data.Tokenizer(**saved["tokenizer"])
     model = nets.from_pretrained(ckpt, saved).to(device).eval()
     task = tasks.chosen(trained)
-    name = trained["objective"] or ("task" if task else "masked_mean")
+    kind = data.TaskSource if task else data.TextSource
+    name = trained["objective"] or kind.objective
     objective = diffusion.OBJECTIVES[name](diffusion.trained_with(trained | {"objective": name}), model.cfg)
     with_latents = (mode or latent) and objective.fits_latent(sampler)
     if sampler and not objective.fits(sampler) and not with_latents:
