@@ -383,7 +383,7 @@ def read_bins(pattern, V, raw):
             raise ValueError(f"{f}: the header says version {head[1]} and {head[2]} tokens, expected version "
                              f"{VERSION} and the {(size - 1024) / 2:g} that the file holds: copy it again")
         if not modded and (not raw or other_header or size % 2 or not size):
-            raise ValueError(f"{f} is no token file: it begins with {head[:1]}, not with [{MAGIC}] "
+            raise ValueError(f"{f} is not a token file: it begins with {head[:1]}, not with [{MAGIC}] "
                              "(modded-nanogpt); for bare uint16 ids (nanoGPT) name their --tokenizer; for "
                              "text use --data_path")
         parts.append(np.memmap(f, "<u2", "r", offset=1024 if modded else 0))
@@ -671,7 +671,7 @@ class World(Bytes):
                 self.add(*re.fullmatch(r"(\d+) (.*) (\d+)\s*", line).groups())
         except (ValueError, SyntaxError, TypeError, AttributeError):
             line = len(self.words)
-            raise ValueError(f"{path} is no RWKV vocabulary (line {line}): give {self.NAME}") from None
+            raise ValueError(f"{path} is not an RWKV vocabulary (line {line}): give {self.NAME}") from None
         for byte in range(256):
             if -1 not in self.trie.get(byte, {}):
                 raise ValueError(f"{path}, of RWKV, has no token for byte {byte}: take {self.NAME}")
@@ -719,7 +719,7 @@ class BPE(Words):
             raise ValueError(f"bpe:{file}: {e.strerror}; `python data.py train-bpe` makes one") from None
         except Exception as e:                      # from_str raises plain Exception
             file = file or "the vocabulary"
-            raise ValueError(f"{file} is no JSON file of the tokenizers library ({e})") from None
+            raise ValueError(f"{file} is not a JSON file of the tokenizers library ({e})") from None
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.bpe.encode_special_tokens = True       # <|endoftext|> in a text is text

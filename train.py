@@ -445,7 +445,7 @@ def named(names, key, patterns):
         try:
             mine = [name for name in names if re.search(pattern, name)]
         except re.error as e:
-            raise ValueError(f"{key}={pattern!r} is no regular expression: {e}") from None
+            raise ValueError(f"{key}={pattern!r} is not a regular expression: {e}") from None
         if not mine:
             raise ValueError(f"{key}={pattern!r} matches no parameter: the names are those of the model, "
                              f"such as {names[0]} or {names[-1]}")

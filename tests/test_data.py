@@ -206,7 +206,7 @@ def test_vocabulary_files_that_are_wrong(tmp_path, world, bpe_file, monkeypatch)
     (tmp_path / "b.json").write_text("{}")
     for kind, words in (("rwkv:none.txt", "no RWKV vocabulary none.txt: give it as --tokenizer=rwkv:FILE"), ("bpe", "bpe:FILE.json"),
                         (f"rwkv:{tmp_path}/v.txt", r"no RWKV vocabulary \(line 2\)"), ("bpe:none.json", "No such file"),
-                        (f"rwkv:{tmp_path}/few.txt", "no token for byte 0"), (f"bpe:{tmp_path}/b.json", "b.json is no JSON file of"),
+                        (f"rwkv:{tmp_path}/few.txt", "no token for byte 0"), (f"bpe:{tmp_path}/b.json", "b.json is not a JSON file of"),
                         ("byte:a", "tokenizer='byte:a' is unknown")):
         with pytest.raises(ValueError, match=words) as e:
             data.Tokenizer(kind)

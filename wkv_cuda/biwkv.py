@@ -5,7 +5,6 @@ from .definitions import biwkv_loop, biwkv_torch
 from .loader import backend
 from .operators import Kernel, kind_of, like
 
-
 def biwkv(w, u, k, v):
     """Bidirectional WKV (Vision-RWKV, arXiv 2403.02308, eq. 3): a weighted mean over all tokens, nearer ones
     counting more.
@@ -29,7 +28,6 @@ def biwkv(w, u, k, v):
     with torch.autocast(v.device.type, enabled=False):              # exponents stay in float32
         return IMPLS[backend(v.device.type, kind)](*args).to(v.dtype)
 
-
 class BiWkv(Kernel):
     """w, u, k, v -> y, and the denominators for backward."""
     arity, visible = 4, 1
@@ -44,13 +42,10 @@ class BiWkv(Kernel):
     def keep(self, inputs, out):
         return *inputs, *out
 
-
 BIWKV = BiWkv("biwkv")
-
 
 def _biwkv_kernel(w, u, k, v):
     w, u = (x.expand(k.shape[0], -1) for x in (w, u))               # whose gradient sums over B
     return BIWKV(w, u, k, v)[0]
-
 
 IMPLS = {"cpp": _biwkv_kernel, "cuda": _biwkv_kernel, "torch": biwkv_torch, "loop": biwkv_loop}

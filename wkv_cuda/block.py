@@ -15,7 +15,6 @@ from .loader import backend
 from .operators import Kernel, expect, kind_of, like, wants_grad
 from .wkv7 import WKV7, wkv7
 
-
 def shift_mix(x, last, mix, reach=0):
     """Token shift: x mixed with the token before it, n times -> list of n (B,T,C) in x's dtype, or where CPU
     autocast is on and x float32, in the dtype that the linears are going to make it.
@@ -43,7 +42,6 @@ def shift_mix(x, last, mix, reach=0):
         out = shift_mix_torch(*args, reach)
     return [z.to(dtype) for z in out]
 
-
 def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_size):
     """time_mix up to its `scan` -> (w, k, v, a, b), all (B,T,C) and float32 (float64 for float64 inputs).
 
@@ -60,11 +58,9 @@ def wkv7_inputs(w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid, head_siz
         w, k, mixed, a, b = time_mix(_to(kind, *x), _to(kind, *p), 0.0, valid, head_size, None)
     return w, k, v if gate is None else mixed, a, b
 
-
 def _value_residual(x):
     """v, gate and v_first as the kernel takes them: v without a gate is not its business."""
     return (x.v, x.gate, x.v_first) if x.gate is not None else (None, None, None)
-
 
 def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight, bias, eps, valid, head_size,
              s0=None, every=None, leak=None, scan=None):
@@ -94,7 +90,6 @@ def wkv7_mix(r, w, a, k, v, gate, v_first, g, w0, a0, v0, k_k, k_a, r_k, weight,
         return WKV7_MIX.apply(numbers, eps, *inputs, *_to(kind, leak))
     return tuple(WKV7_MIX.forward(inputs, numbers, eps))
 
-
 def _portable_mix(x, p, eps, valid, head_size, recurrence):
     """time_mix in float32; but the recurrence gets r and v as they are: its GPU kernel reads bfloat16."""
     kind, heads = kind_of(x.r), lambda z: z.unflatten(-1, (-1, head_size))
@@ -106,12 +101,10 @@ def _portable_mix(x, p, eps, valid, head_size, recurrence):
     y, s = time_mix(_to(kind, *x), _to(kind, *p), eps, valid, head_size, scan)
     return y.to(x.r.dtype), s
 
-
 def _few_heads(r, head_size):
     """Whether a thread would get no head: then the one kernel, which gives threads whole heads, is slower."""
     heads = r.shape[0] * r.shape[2] // head_size
     return not torch.compiler.is_compiling() and heads < torch.get_num_threads()
-
 
 def wkv7_leaky(r, w, k, v, a, b, s0=None, leak=None, every=None):
     """wkv7 with J diag(1 - exp w_t) added to the state at every step, `leak` being J (B,H,N,N), None for
@@ -121,7 +114,6 @@ def wkv7_leaky(r, w, k, v, a, b, s0=None, leak=None, every=None):
         return wkv7(r, w, k, v, a, b, s0, every=every)
     y, u = wkv7(r, w, k, v, a, b, s0 - leak, c=read_state(leak, a))
     return read_state(leak, r, y), u + leak
-
 
 def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     """time_mix from what its `scan` returns, y (B,T,C) -> (B,T,C) in r's dtype.
@@ -138,7 +130,6 @@ def wkv7_output(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     else:
         out = wkv7_output_torch(*args, eps, head_size)
     return out.to(r.dtype)
-
 
 def read_state(s, q, y=None):
     """What a state that stays as it is gives every token: y_t + s q_t -> (B,T,H,N), in y's dtype, or where it
@@ -157,7 +148,6 @@ def read_state(s, q, y=None):
     out = READ_STATE(q, s, y)[0] if kernel else read_state_torch(s, q, y)    # whose product autocast may have
     return out.to(dtype)
 
-
 def squared_relu(x):
     """relu(x)^2 -> like x, of any shape and floating dtype."""
     kind, kernel = _choose(x)
@@ -165,17 +155,14 @@ def squared_relu(x):
     out = SQUARED_RELU(z)[0] if kernel else squared_relu_torch(z)
     return out.to(x.dtype)
 
-
 def _to(kind, *args, half=False):
     """half: bfloat16 may stay, as the kernel reads it."""
     return [x if x is None or half and x.dtype == torch.bfloat16 else x.to(kind) for x in args]
-
 
 def _choose(x):
     """-> the dtype of the arithmetic, and whether the C++ kernels do it."""
     kind = kind_of(x)
     return kind, backend(x.device.type, kind) == "cpp"
-
 
 def _check(op, rows, head_size, x, p, valid=None, **states):
     """ValueError for what the kernels must not get."""
@@ -193,7 +180,6 @@ def _check(op, rows, head_size, x, p, valid=None, **states):
     if valid is not None and (valid.shape != (B, T) or valid.dtype != torch.bool):
         raise ValueError(f"{op}: valid is {valid.dtype} {tuple(valid.shape)}, expected bool (B,T) = {(B, T)}")
 
-
 # ---- the kernels ----
 
 class ShiftMix(Kernel):
@@ -206,7 +192,6 @@ class ShiftMix(Kernel):
     def outputs(self, inputs, numbers):
         n, _, half = numbers
         return like(*[inputs[0]] * n, dtype=torch.bfloat16 if half else None)
-
 
 class Wkv7Inputs(Kernel):
     """w, a, k, v, gate, v_first, w0, a0, v0, k_k, k_a, valid; numbers: N -> w, k, a, b, v (empty without a
@@ -230,7 +215,6 @@ class Wkv7Inputs(Kernel):
         dw0, da0, dk_k, dk_a, dv0 = sums.unbind()
         return *grads, *_shaped((dw0, da0, dv0, dk_k, dk_a), saved[6:11]), None
 
-
 class Wkv7Output(Kernel):
     """y, r, k, v, g, r_k, weight, bias; numbers: N; eps."""
     arity = 8
@@ -246,10 +230,8 @@ class Wkv7Output(Kernel):
         *grads, sums = super().differentiate(saved, dout, numbers, eps)
         return *grads, *_shaped(sums.unbind(), saved[5:8])
 
-
 def _shaped(grads, parameters):
     return [None if p is None else d.view(p.shape) for d, p in zip(grads, parameters)]
-
 
 class ReadState(Kernel):
     """q, s, y."""
@@ -271,11 +253,9 @@ class ReadState(Kernel):
     def differentiate(self, saved, dout, numbers, eps=0.0):
         return *super().differentiate(saved, dout, numbers), dout[0]
 
-
 class SquaredReLU(Kernel):
     def size(self, inputs, numbers):
         return inputs[0].numel(),
-
 
 class Wkv7Mix(Kernel):
     """Projected, Parameters, valid, s0; numbers: N, every or 0; eps. With gradients, and then a leak as the
@@ -337,9 +317,6 @@ class Wkv7Mix(Kernel):
         dw, da, dk, dv_in, dgate, dv_first, *dp, _ = made
         dv = dv if of_inputs[4] is None else dv_in
         return dr, dw, da, dk, dv, dgate, dv_first, dg, *dp, *dp_out, None, ds0, dleak
-
-
-
 
 SHIFT_MIX = ShiftMix("shift_mix")
 WKV7_INPUTS = Wkv7Inputs("wkv7_inputs")

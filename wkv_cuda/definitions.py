@@ -15,7 +15,6 @@ HEAD_SIZES = (16, 32, 64, 128)
 CHUNK = 16      # tokens between two saved states; the kernels hold the same number
 LOWEST = -1e30  # reference of an empty sum: finite, so that no difference of two references is inf - inf
 
-
 class Projected(NamedTuple):
     """What RWKV-7's linears and low-rank paths make of a layer's input, each (B,T,C)."""
     r: Tensor                   # receptance: what is read from the state
@@ -27,7 +26,6 @@ class Projected(NamedTuple):
     v_first: Optional[Tensor]   # the first layer's v
     g: Tensor                   # gate of the output
 
-
 class Parameters(NamedTuple):
     """The parameters between those projections and the output matrix: each has C elements, in any shape."""
     w0: Tensor
@@ -38,7 +36,6 @@ class Parameters(NamedTuple):
     r_k: Tensor
     weight: Tensor              # of the group norm, as bias
     bias: Tensor
-
 
 def time_mix(x, p, eps, valid, head_size, scan):
     """RWKV-7's time mix (arXiv 2503.14456, section 4), from the projections to what the output matrix takes
@@ -70,7 +67,6 @@ def time_mix(x, p, eps, valid, head_size, scan):
     bonus = heads(r * k * r_k).sum(-1, keepdim=True) * heads(v)   # what the token gives itself
     return (norm + bonus.flatten(-2)) * g, state
 
-
 def wkv7_output_torch(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     """The last lines of time_mix, for the kernel that computes no more than them; y (B,T,C)."""
     heads = lambda z: z.unflatten(-1, (-1, head_size))
@@ -79,12 +75,10 @@ def wkv7_output_torch(y, r, k, v, g, r_k, weight, bias, eps, head_size):
     bonus = heads(r * k * r_k).sum(-1, keepdim=True) * heads(v)
     return (norm + bonus.flatten(-2)) * g
 
-
 def read_state_torch(s, q, y=None):
     """s (B,H,N,N) read by every token: y_t + s q_t, each (B,T,H,N); y None: 0."""
     read = torch.einsum("bhij,bthj->bthi", s, q).contiguous()
     return read if y is None else y + read
-
 
 def shift_mix_torch(x, last, mix, reach=0):
     """See block.py's shift_mix."""
@@ -98,10 +92,8 @@ def shift_mix_torch(x, last, mix, reach=0):
     change = other - x
     return [torch.addcmul(x, change, m) for m in mix.reshape(-1, x.shape[-1])]
 
-
 def squared_relu_torch(x):
     return x.relu().square()
-
 
 def wkv7_loop(r, w, k, v, a, b, s0=None, c=None, every=None):
     """The recurrence of wkv7, one token at a time: the definition of every other form."""
@@ -119,7 +111,6 @@ def wkv7_loop(r, w, k, v, a, b, s0=None, c=None, every=None):
             states.append(s)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(r)
     return y, torch.stack(states, 1) if every else s
-
 
 def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
     """Chunks of up to 16 tokens as matrix products and one triangular solve (the WY form of the delta rule).
@@ -172,7 +163,6 @@ def wkv7_torch(r, w, k, v, a, b, s0=None, c=None, every=None):
         s = torch.stack((starts + [s])[::per][: T // every + 1], 1)
     return y, s
 
-
 def biwkv_loop(w, u, k, v):
     """The definition of biwkv: every pair of tokens, O(T^2) memory."""
     t = torch.arange(k.shape[1], device=k.device)
@@ -183,7 +173,6 @@ def biwkv_loop(w, u, k, v):
     empty = (logits == -torch.inf).all(2, keepdim=True)
     weights = logits.masked_fill(empty, 0.0).softmax(2).masked_fill(empty, 0.0)
     return (weights * v.unsqueeze(1)).sum(2)
-
 
 def biwkv_torch(w, u, k, v):
     """O(T) work and memory in about 2 sqrt(T) steps: a scan inside all chunks at once, then one over chunks,
@@ -218,7 +207,6 @@ def biwkv_torch(w, u, k, v):
     m, sums = _merge(left, 0.0, sums, right.flip(-2), sums_right.flip(-2))
     num, den = _merge(k, u.unsqueeze(-2), ones, m, sums)[1]
     return num / den.masked_fill(den == 0, 1.0)                     # 0 / 1 where no position has a key
-
 
 def _merge(m, shift, sums, n, more):
     """e^{m + shift} sums + e^n more -> (reference, sums / e^reference). The reference is the larger exponent

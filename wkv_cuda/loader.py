@@ -20,7 +20,6 @@ KERNELS = {"cpu": "cpp", "cuda": "cuda"}                # device -> the compiled
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"    # torch 2.11's stable ABI, for all later ones too
 NONE = torch.empty(0)
 
-
 def backend(device, kind=torch.float32):
     """Which of BACK_ENDS serves `device` ("cpu", "cuda", ...). WKV_IMPL forces one: ValueError with the
     compiler's last lines if it cannot be built. `auto` falls back to plain torch and says so once."""
@@ -44,11 +43,9 @@ def backend(device, kind=torch.float32):
     say(f"wkv: plain torch on {device}, slower than a kernel: {reason}")
     return "torch"
 
-
 # What torch.compiler.assume_constant_result sets (the choice is made once, outside any compiled graph),
 # without its import of the whole compiler, which takes a second.
 backend._dynamo_marked_constant = True
-
 
 def call(kernel, numbers, tensors, eps=0.0):
     """Run a kernel on tensors, among them the contiguous buffers that it fills; None: there is none."""
@@ -59,19 +56,16 @@ def call(kernel, numbers, tensors, eps=0.0):
     with stream_of(device) as stream:
         torch.ops.nanodir_cuda.run(kernel, (*numbers, stream), eps, tensors)
 
-
 @contextlib.contextmanager
 def stream_of(device):
     """Makes a GPU the current one -> its current stream as a number."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
-
 @functools.cache
 def say(line):
     """Print a line once."""
     print(line, file=sys.stderr, flush=True)
-
 
 @functools.cache
 def build(name):
@@ -99,12 +93,10 @@ def build(name):
             tail += "; set CUDA_HOME to the toolkit's own folder, such as /usr/local/cuda"
         return f"the {TITLES[name]} kernels did not build: {tail}"
 
-
 def build_cuda():
     here = Path(__file__).parent
     sources = [*here.glob("*.cu"), here / "bindings.cpp"]
     compiled("nanodir_cuda", sources, ["-O3", TARGET, "-DDEVICE=CUDA"], ["-O3", *gpu_flags()])
-
 
 def build_cpp(compiler):
     sources = list(Path(__file__).parent.glob("*.cpp"))
@@ -120,9 +112,7 @@ def build_cpp(compiler):
             "so the kernels use what every processor of this kind has, and are slower")
         compiled("nanodir_any", sources, flags)         # torch builds a name once per process
 
-
 TITLES = {"cpp": "C++", "any": "C++", "cuda": "CUDA"}
-
 
 def compiled(name, sources, flags, nvcc_flags=(), **options):
     """Compile the sources (Paths) into a library, unless that has been done before, and load it -> its path.
@@ -154,12 +144,10 @@ def compiled(name, sources, flags, nvcc_flags=(), **options):
     torch.ops.load_library(str(library))
     return library
 
-
 def digest(file):
     """Size and sha256 of a file as text, "" if there is none or nothing in it."""
     content = file.read_bytes() if file.is_file() else b""
     return f"{len(content)} {hashlib.sha256(content).hexdigest()}" if content else ""
-
 
 def gpu_flags():
     """What nvcc must be told to compile for the GPU at hand and, as PTX, for later ones; for one that it does
@@ -186,7 +174,6 @@ def gpu_flags():
     codes = [f"compute_{known}", f"sm_{gpu}"] if known == gpu else [f"compute_{known}"]
     return [token for code in codes for token in ("-gencode", f"arch=compute_{known},code={code}")]
 
-
 def build_root():
     """Where builds are kept: TORCH_EXTENSIONS_DIR, else the user's cache, else the temporary folder.
     OSError: the one there is another user's, who could have put any library in it."""
@@ -204,7 +191,6 @@ def build_root():
         raise OSError(f"{root} is not a folder of yours alone (mode 0700): "
                       "remove it, or set TORCH_EXTENSIONS_DIR to a folder of yours")
     return root
-
 
 def cpu():
     """What -march=native depends on: a home folder may be shared by machines with different processors."""

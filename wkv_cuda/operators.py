@@ -4,7 +4,6 @@ from torch.autograd.function import once_differentiable
 
 from .loader import call
 
-
 def like(*tensors, dtype=None):
     """A contiguous buffer per tensor, an empty one per None: a torch operator does not return None."""
     device = next(x.device for x in tensors if x is not None)
@@ -12,11 +11,9 @@ def like(*tensors, dtype=None):
     none = lambda: torch.empty(0, dtype=torch.float32, device=device)
     return [none() if x is None else torch.empty_like(x, dtype=dtype, memory_format=dense) for x in tensors]
 
-
 def kind_of(x):
     """What the kernels' arithmetic is in: float32, and plain torch's float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
 
 def expect(op, letters, shape, **tensors):
     """ValueError for a tensor of another shape: the kernels trust every shape."""
@@ -24,10 +21,8 @@ def expect(op, letters, shape, **tensors):
         if x is not None and x.shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {letters} = {tuple(shape)}")
 
-
 def wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
 
 def operator(name, f, arguments, fake):
     """f as a torch operator in compiled graphs, elsewhere f itself: to dispatch a Python operator takes
@@ -35,7 +30,6 @@ def operator(name, f, arguments, fake):
     op = torch.library.custom_op(f"nanodir::{name}", f, mutates_args=(), schema=f"({arguments}) -> Tensor[]")
     op.register_fake(fake)
     return lambda *args: op(*args) if torch.compiler.is_compiling() else f(*args)
-
 
 class Kernel:
     """A compiled kernel, forward and backward; a subclass says what is particular to it.

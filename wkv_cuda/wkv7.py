@@ -6,7 +6,6 @@ from .definitions import CHUNK, HEAD_SIZES, wkv7_loop, wkv7_torch
 from .loader import backend
 from .operators import Kernel, expect, kind_of, like, wants_grad
 
-
 def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
     """RWKV-7 recurrence (arXiv 2503.14456, eq. 16-20; there a = -kk, b = kk * iclr).
 
@@ -38,7 +37,6 @@ def wkv7(r, w, k, v, a, b, s0=None, c=None, every=None):
         y, s = IMPLS[impl](*args, s0, converted(c), every)
     return y.to(r.dtype), s
 
-
 class Wkv7(Kernel):
     """r, w, k, v, a, b, s0, c; numbers: every or 0, whether to save, whether there is a c -> y, s and what is
     saved for backward: the states at the start of each chunk, and S a + c."""
@@ -68,13 +66,10 @@ class Wkv7(Kernel):
         dy = torch.zeros_like(saved[0]) if dy is None else dy
         return super().differentiate(saved, (dy, ds), numbers)
 
-
 WKV7 = Wkv7("wkv7")
-
 
 def _wkv7_kernel(r, w, k, v, a, b, s0=None, c=None, every=None):
     tensors = (r, w, k, v, a, b, s0, c)
     return tuple(WKV7(*tensors, numbers=(every or 0, int(wants_grad(*tensors)), int(c is not None))))
-
 
 IMPLS = {"cpp": _wkv7_kernel, "cuda": _wkv7_kernel, "torch": wkv7_torch, "loop": wkv7_loop}
