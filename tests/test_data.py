@@ -205,7 +205,7 @@ def test_vocabulary_files_that_are_wrong(tmp_path, world, bpe_file, monkeypatch)
     (tmp_path / "few.txt").write_text("1 'a' 1\n")
     (tmp_path / "b.json").write_text("{}")
     for kind, words in (("rwkv:none.txt", "no RWKV vocabulary none.txt: give it as --tokenizer=rwkv:FILE"), ("bpe", "bpe:FILE.json"),
-                        (f"rwkv:{tmp_path}/v.txt", r"no RWKV vocabulary \(line 2\)"), ("bpe:none.json", "No such file"),
+                        (f"rwkv:{tmp_path}/v.txt", r"not an RWKV vocabulary \(line 2\)"), ("bpe:none.json", "No such file"),
                         (f"rwkv:{tmp_path}/few.txt", "no token for byte 0"), (f"bpe:{tmp_path}/b.json", "b.json is not a JSON file of"),
                         ("byte:a", "tokenizer='byte:a' is unknown")):
         with pytest.raises(ValueError, match=words) as e:
@@ -428,7 +428,7 @@ def test_modded_nanogpt_files(tmp_path, monkeypatch, capsys):
     for words, make in ((r"begins with \[7\], not with \[20240520\]", lambda: modded(bad, ids, magic=7)),
                         ("version 2 and 5000 tokens, expected version 1", lambda: modded(bad, ids, version=2)),
                         ("version 1 and 5001 tokens, expected version 1 and the 5000", lambda: modded(bad, ids, count=5001)),
-                        (r"no token file: it begins with \[\]", lambda: bad.write_bytes(b"")),
+                        (r"not a token file: it begins with \[\]", lambda: bad.write_bytes(b"")),
                         ("bad.bin: token id 60000 at position 17 is past the vocabulary of 50304: give",
                          lambda: modded(bad, [*ids[:17], 60000, *ids]))):
         make()
@@ -436,7 +436,7 @@ def test_modded_nanogpt_files(tmp_path, monkeypatch, capsys):
             data.TextSource("", 64, "", str(bad), "", 50304)
         assert "\n" not in str(e.value)
     modded(bad, ids, magic=20991231)
-    with pytest.raises(ValueError, match="no token file"):           # an unknown header is not taken for tokens
+    with pytest.raises(ValueError, match="not a token file"):           # an unknown header is not taken for tokens
         data.TextSource("", 64, "gpt2", str(bad), "", 50304)
     with pytest.raises(FileNotFoundError):
         data.TextSource("", 64, "", str(tmp_path / "none_*.bin"))
@@ -454,7 +454,7 @@ def test_nanogpt_files(tmp_path, text_file):
     assert torch.equal(source.train_rows(5, 9, 0, 9, 2)[0], plain.train_rows(5, 9, 0, 9, 2)[0])
     assert source.tokenizer.state() == plain.tokenizer.state() and source.chars_per_token == 1
     for path, tokenizer, words in (("", "char", "needs the text it was made from as --data_path.*meta.pkl is not read"),
-                                   ("", "", "no token file.*name their --tokenizer")):
+                                   ("", "", "not a token file.*name their --tokenizer")):
         with pytest.raises(ValueError, match=words):
             data.TextSource(path, 64, tokenizer, *files)
 
