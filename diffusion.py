@@ -259,6 +259,10 @@ class Objective:
         """-> the sums over the batch, (terms,) or ()."""
         raise NotImplementedError
 
+    def policy(self, u, maskable):
+        """u (B,T) uniform -> (B,T), alike where mask_policy noises tokens together; the lowest first."""
+        return MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span)
+
     def unused(self, step):
         """A regular expression: the parameters that this step does not use, which are frozen meanwhile; ""
         for none."""
@@ -272,7 +276,7 @@ class Objective:
 
     def evaluate(self, net, source, rows, generator, size):
         """rows: held-out data.Rows, `size` at a time -> {"val_loss": nats, ...}, and (target, masked,
-        predicted) to show, each (T,)."""
+        predicted) to show, each (T,). Called without gradients."""
         raise NotImplementedError
 
     def fits(self, sampler):
@@ -302,9 +306,6 @@ class Masked(Objective):
         masked = maskable & (self.policy(u, maskable) < SCHEDULES[self.cfg.schedule](t)[0][:, None])
         return masked, 1.0, masked.sum()
 
-    def policy(self, u, maskable):
-        return MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span)
-
     def logits(self, net, x, masked, lengths=None):
         """-> (B,T,V), what each masked token is predicted with: the whole row is seen."""
         return net(mask_tokens(x, masked, self.mask_id), lengths=lengths).logits
@@ -321,7 +322,6 @@ class Masked(Objective):
         masked = masked.to(x.device)
         return weighted_nats(self.logits(net, x, masked), x, masked * weight.to(x.device))
 
-    @torch.no_grad()
     def evaluate(self, net, source, rows, generator, size):
         if source.kind == "task":
             return self.evaluate_answers(net, source, rows, size)
@@ -588,8 +588,7 @@ class Gaussian(Objective):
         """
         dropped = second_uniform(u[:, :1]) < self.cfg.drop_given
         text = maskable.all(1, keepdim=True)
-        order = MASK_POLICIES[self.cfg.mask_policy](u, maskable, self.cfg.mask_span)
-        noised = order < second_uniform(u[:, -1:])
+        noised = self.policy(u, maskable) < second_uniform(u[:, -1:])
         return maskable & (~text | dropped | noised), dropped
 
     def loss(self, net, batch, step=0):
@@ -624,7 +623,6 @@ class Gaussian(Objective):
             terms["ce"] = nats.view_as(x)
         return terms
 
-    @torch.no_grad()
     def evaluate(self, net, source, rows, generator, size):
         """gaussian_report's numbers; for a task also accuracy and exact match of its answers by DDIM in 20
         steps."""
@@ -647,9 +645,9 @@ class Gaussian(Objective):
             metrics["alarm"] = alarm
         return metrics, (x[0], shown[0], predicted[0])
 
-    def fill(self, net, x, known, generator, sampler="", steps=0, **options):
-        options |= dict(cfg=self.cfg, steps=noise_steps(self.cfg, steps))
-        return SAMPLERS[sampler or self.sampler](net, x, known, self.mask_id, generator, **options)
+    def fill(self, net, x, known, generator, sampler="", **options):
+        name = sampler or self.sampler
+        return SAMPLERS[name](net, x, known, self.mask_id, generator, cfg=self.cfg, **options)
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -817,7 +815,6 @@ class Coupled(Masked):
             latent = (out.latent - target).square().mean(-1)[has].sum()
         return scale * torch.stack([self.cfg.text_loss_weight * text, self.cfg.latent_loss_weight * latent])
 
-    @torch.no_grad()
     def evaluate(self, net, source, rows, generator, size):
         """latent_report, and one text with a third masked, filled in with its latent."""
         z = latents_of(rows, net.cfg.latent_dim)
