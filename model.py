@@ -26,7 +26,7 @@ class ModelConfig:
     head_size: int = 32             # [16, 128] N, 16 | 32 | 64 | 128
     vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = as in the data
     mixer: str = "rwkv7"            # rwkv7 | biwkv | attention; rwkv7,rwkv7,attention repeats over the depth
-    direction: str = ""             # who sees whom: causal | bidirectional | block; empty = the mixer's own
+    direction: str = ""             # who sees whom, in how many scans; empty = what the mixer does by itself
     block_size: int = 32            # [1, 1e7] n, tokens in a block
     fusion: str = "add"             # how the forward and the backward scan become one
     tie_directions: bool = False    # both scans use the same projections
@@ -68,7 +68,7 @@ class LayerState(NamedTuple):
 class Carry(NamedTuple):
     """What a layer hands to the layer above, beside x. None: no layer has made it yet."""
     v_first: Optional[Tensor] = None       # (B,T,C), the first RWKV-7 layer's values, for the value residual
-    v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of its backward scan
+    v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of backward scans
     seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, by block
     view: Optional[tuple] = None           # Attention.view, from the first attention layer
 
@@ -97,11 +97,12 @@ class Sequence:
     padded_left: bool             # may have padding before the text, too
 
     @classmethod
-    def of(cls, x, cfg, time, lengths, finished_text, block_states, has_latent):
-        """x (B,T,C); has_latent (B,) or None: x begins with a prefix, padding in rows without a latent."""
-        (B, T), way = x.shape[:2], direction(cfg)
-        block = {"causal": 0, "bidirectional": T}.get(way, min(cfg.block_size, T))
-        seen = (block_states or cfg.block_size) if finished_text else block
+    def of(cls, x, cfg, time, lengths, n, finished_text, block_states, has_latent):
+        """x (B,T,C); n: tokens in a block; has_latent (B,) or None: x begins with a prefix, padding in rows
+        without a latent."""
+        (B, T), sees = x.shape[:2], direction(cfg)
+        block = {"causal": 0, "bidirectional": T}.get(sees, min(n, T))
+        seen = n if finished_text else block
         seeded = cfg.dw_jrt and not finished_text
         pieces = -(-T // block) if seeded and block else 1
         valid, back_valid, last_at = real_tokens(x, lengths), None, None
@@ -113,7 +114,7 @@ class Sequence:
         if block and (valid is not None or T % block):
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
-        seen = 1 if way == "causal" else seen
+        seen = 1 if sees == "causal" else seen
         return cls(B, T, block, seen, seeded, pieces, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
@@ -121,14 +122,20 @@ class Sequence:
         """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with block_states those
         before each block (B * blocks, C). before: the one before x, (B,C) or None."""
         if self.block_states:
-            before = torch.zeros_like(x[:, 0]) if before is None else before
-            ends = x[:, self.block_states - 1:self.T - 1:self.block_states]
-            return torch.cat([before[:, None], ends], 1).flatten(0, 1)
+            return before_blocks(x, before, self.block_states)
         return x[:, -1] if self.last_at is None else x.flatten(0, 1).index_select(0, self.last_at)
 
-    def shifted(self, x, reach=0):
-        """x (B,T,C) for a token shift: padding is zero on the side that the shift looks to."""
-        return self.unpadded(x) if reach or self.padded_left else x
+    def shifted(self, x):
+        """x (B,T,C) for a shift by one token: padding before the text is zero."""
+        return self.unpadded(x) if self.padded_left else x
+
+    def shift_both(self, x, last, mix, reach):
+        """shift_mix of x (B,T,C) with tokens on both sides; after a token only those of its block."""
+        x, n = self.unpadded(x), self.back_block
+        if n < self.T:                                 # each block in a row of its own
+            x, last = reverse_blocks(x, n).flip(1), before_blocks(x, last, n)
+        y, = shift_mix(x, last, mix, reach)
+        return y.unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
 
     def unpadded(self, x):
         """x (B,T,C) with zeros for padding, as what lies beyond a sequence's end."""
@@ -141,6 +148,11 @@ class Sequence:
     def unreverse(self, y):
         """The inverse: (B * blocks, n, C) -> (B,T,C)."""
         return y.flip(1).unflatten(0, (self.B, -1)).flatten(1, 2)[:, :self.T]
+
+def before_blocks(x, before, n):
+    """x (B,T,C), the token before it (B,C) or None -> the one before each block of n, (B * blocks, C)."""
+    before = torch.zeros_like(x[:, 0]) if before is None else before
+    return torch.cat([before[:, None], x[:, n - 1:x.shape[1] - 1:n]], 1).flatten(0, 1)
 
 def reverse_blocks(x, n):
     """(B,T,C) -> (B * blocks, n, C): each block of n tokens reversed, the last one filled up with zeros."""
@@ -377,21 +389,25 @@ class Scan7(nn.Module):
         return y, s, v
 
 class RWKV7(Mixer, Scan7):
-    """A forward scan over the whole sequence and, unless causal, a backward scan inside each block."""
+    """A forward scan over the whole sequence and, unless causal, a backward scan inside each block; where
+    directions alternate, one of the two, in turn from layer to layer."""
     directions = ("causal", "bidirectional", "block")
 
     def __init__(self, cfg, layer):
-        first = not any(issubclass(TIME_MIXERS[name], RWKV7) for name in pattern(cfg)[:layer])
+        first = not scans_below(cfg, layer)
         super().__init__(cfg, first)
         self.output = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         seeded = cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start
         self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if seeded else None
         self.back = self.fuse = None
-        if direction(cfg) != "causal":
+        self.backward = scans_back(cfg, layer)
+        if direction(cfg) != "causal" and not way(cfg).alternate:
             self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
             self.fuse = FUSIONS[cfg.fusion](cfg)
 
     def forward(self, x, state, seq, carry):
+        if self.backward:
+            return self.from_the_end(x, seq, carry)
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
         seeds = carry.seeds or [None] * seq.pieces
         if seq.pieces == 1:
@@ -416,6 +432,19 @@ class RWKV7(Mixer, Scan7):
                 carry = carry._replace(v_first_back=v)
             y = self.fuse(y, seq.unreverse(z))
         return self.output(y), s, seq.last(x, last), carry
+
+    def from_the_end(self, x, seq, carry):
+        """A backward scan alone, inside each block: no state goes on from it but DW-JRT's seeds."""
+        v_first, s0, leak = carry.v_first_back, None, None
+        if v_first is None:
+            v_first = seq.reverse(carry.v_first)
+        if carry.seeds:                                # a row for each block, as in seq.reverse
+            s0, leak = self.start(None, torch.stack(carry.seeds, 1).flatten(0, 1))
+        y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first, s0=s0, leak=leak)
+        carry = carry._replace(v_first_back=v_first)
+        if seq.seeded:
+            carry = carry._replace(seeds=list(s.unflatten(0, (seq.B, -1)).unbind(1)))
+        return self.output(seq.unreverse(y)), None, None, carry
 
     def start(self, s0, seed):
         """s0: carried state, seed: the layer below's final one, (B,H,N,N) or None -> first state, leak."""
@@ -543,9 +572,30 @@ def pattern(cfg):
     names = cfg.mixer.split(",")
     return [names[i % len(names)] for i in range(cfg.n_layer)]
 
+class Direction(NamedTuple):
+    sees: str                # a token sees: causal, those before; block, also its block's; bidirectional, all
+    alternate: bool = False  # RWKV-7: one scan a layer, forward and backward in turn, in place of two
+
+DIRECTIONS = {"causal": Direction("causal"), "bidirectional": Direction("bidirectional"),
+              "block": Direction("block"), "alternate": Direction("bidirectional", True),
+              "alternate_block": Direction("block", True)}
+
+def way(cfg):
+    """The Direction that was chosen, or what the mixers do by themselves."""
+    return DIRECTIONS[cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]]
+
 def direction(cfg):
-    """cfg.direction, or what the mixers do by themselves."""
-    return cfg.direction or TIME_MIXERS[pattern(cfg)[0]].directions[0]
+    """Who sees whom: causal, block or bidirectional."""
+    return way(cfg).sees
+
+def scans_below(cfg, layer):
+    """The number of RWKV-7 layers below this one."""
+    return sum(issubclass(TIME_MIXERS[name], RWKV7) for name in pattern(cfg)[:layer])
+
+def scans_back(cfg, layer):
+    """Does this layer scan from the end alone? Every second RWKV-7 layer does where directions alternate."""
+    mine = issubclass(TIME_MIXERS[pattern(cfg)[layer]], RWKV7)
+    return mine and way(cfg).alternate and scans_below(cfg, layer) % 2 == 1
 
 # ---- latents: a vector beside the text ----
 
@@ -606,7 +656,8 @@ class TextLatentEncoder(nn.Module):
         super().__init__()
         C, self.query, width = cfg.n_embd, None, cfg.n_embd
         if cfg.latent_encoder == "rwkv_pool":
-            self.layers = [i for i, name in enumerate(pattern(cfg)) if name == "rwkv7"]
+            self.layers = [i for i, name in enumerate(pattern(cfg))
+                           if name == "rwkv7" and not scans_back(cfg, i)]
             self.query = nn.Parameter(torch.randn(len(self.layers), C // cfg.head_size, cfg.head_size))
             width = C * len(self.layers)
         self.ln, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 2 * C), nn.GELU())
@@ -649,7 +700,7 @@ class LatentPrior(nn.Module):
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 FFN_SHIFTS = {"none": None, "before": 0, "both": 1, "wide": 2}       # how many tokens each way; 0 = only back
-CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUSIONS, "time_cond": TIME_CONDS,
+CHOICES = {"direction": DIRECTIONS, "ffn_shift": FFN_SHIFTS, "fusion": FUSIONS, "time_cond": TIME_CONDS,
            "norm": NORMS, "dw_jrt_inject": DW_JRT_INJECT, "predict": ("same", "next"),
            "latent_pred_from": ("text", "prefix", "both"), "latent_encoder": ("none", "mlp", "rwkv_pool"),
            "latent_prior": ("fixed", "learned")}
@@ -657,18 +708,23 @@ CHOICES = {"direction": RWKV7.directions, "ffn_shift": FFN_SHIFTS, "fusion": FUS
 class ChannelMix(nn.Module):
     """RWKV-7 channel mixing: token shift and a squared-ReLU MLP."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift != "none" else None
         self.reach, width = FFN_SHIFTS[cfg.ffn_shift], cfg.dim_ffn or 4 * cfg.n_embd
+        self.backward = cfg.ffn_shift == "before" and scans_back(cfg, layer)      # the token after, then
         self.key = nn.Linear(cfg.n_embd, width, bias=False)
         self.value = nn.Linear(width, cfg.n_embd, bias=False)
 
     def forward(self, x, state, seq):
         k, last = x, None if state is None else state.ffn_shift
-        if self.x_k is not None:
-            k, = shift_mix(seq.shifted(x, self.reach), last, self.x_k, self.reach)
-        return self.value(squared_relu(self.key(k))), seq.last(x, last)
+        if self.reach:
+            k = seq.shift_both(x, last, self.x_k, self.reach)
+        elif self.backward:
+            k = seq.unreverse(*shift_mix(seq.reverse(x), None, self.x_k))
+        elif self.x_k is not None:
+            k, = shift_mix(seq.shifted(x), last, self.x_k)
+        return self.value(squared_relu(self.key(k))), None if self.backward else seq.last(x, last)
 
 class Block(nn.Module):
     """x + mixer(x), then x + channel mix(x), each normed and conditioned on the noise level."""
@@ -678,7 +734,7 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = norm(cfg)
         self.ln1, self.ln2, self.cond = norm(cfg), norm(cfg), TIME_CONDS[cfg.time_cond](cfg)
-        self.att, self.ffn = TIME_MIXERS[pattern(cfg)[layer]](cfg, layer), ChannelMix(cfg)
+        self.att, self.ffn = TIME_MIXERS[pattern(cfg)[layer]](cfg, layer), ChannelMix(cfg, layer)
 
     @staticmethod
     def check(cfg):
@@ -689,9 +745,9 @@ class Block(nn.Module):
             if direction(cfg) not in (can := TIME_MIXERS[name].directions):
                 raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: "
                                  f"choose one of {', '.join(can)}")
-        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) != "bidirectional":
+        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) == "causal":
             raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: "
-                             "choose direction=bidirectional, or ffn_shift=before")
+                             "choose direction=bidirectional, alternate or block, or ffn_shift=before")
 
     def forward(self, x, state, seq, carry):
         """x (B,T,C), the layer's state or None, seq, carry -> x, state after the last token, new carry."""
@@ -708,7 +764,7 @@ class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
         out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None,
-                    finished_text=False, block_states=None, x0_guess=None)
+                    finished_text=False, block_states=None, block_size=None, x0_guess=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, if there are blocks).
@@ -724,6 +780,7 @@ class Denoiser(nn.Module):
     B * ceil(T / n) rows: if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes
     on from the finished text before it. All at once, this is what going on block by block from a carried
     state gives.
+    block_size: tokens in a block in this pass, where there are blocks; None: cfg.block_size.
     x0_guess: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
     """
 
@@ -776,10 +833,10 @@ class Denoiser(nn.Module):
             DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
     def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None,
-                finished_text=False, block_states=None, x0_guess=None):
-        cfg, has_latent = self.cfg, None
+                finished_text=False, block_states=None, block_size=None, x0_guess=None):
+        cfg, has_latent, n = self.cfg, None, block_states or block_size or self.cfg.block_size
         finished_text = finished_text or block_states is not None
-        time = self.embed_time(x, t, latent_t, lengths)                          # (B,1,C) or (B,T,C) or None
+        time = self.embed_time(x, t, latent_t, lengths, n)                       # (B,1,C) or (B,T,C) or None
         x = self.embed(x, time, x0_guess)                                        # (B,T,C)
         if latent is not None:
             wrong = not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,)
@@ -789,21 +846,21 @@ class Denoiser(nn.Module):
                                  "and only with whole rows, not with a state")
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
-        seq = Sequence.of(x, cfg, time, lengths, finished_text, block_states, has_latent)
+        seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for i, block in enumerate(self.blocks):
             x, s, carry = block(x, None if state is None else state[i], seq, carry)
             states.append(s)
         return self.heads(self.ln_out(x), lengths, has_latent, states)
 
-    def embed_time(self, x, t, latent_t, lengths):
+    def embed_time(self, x, t, latent_t, lengths, n):
         """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where nothing looks at it."""
         if self.time is None:
             return None
         if t is None:
             if x.is_floating_point():
                 raise ValueError("embeddings do not tell how noisy they are: give t")
-            n = self.cfg.block_size if direction(self.cfg) == "block" else x.shape[1]
+            n = n if direction(self.cfg) == "block" else x.shape[1]
             t = mask_share(x == self.mask_id, n, lengths)
         t = t.unsqueeze(1) if t.dim() == 1 else t
         if self.cfg.time_inputs == 1:

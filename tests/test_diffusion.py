@@ -212,7 +212,8 @@ BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "t
              "two-way, dw_jrt": dict(direction="block", dw_jrt=True, dw_jrt_inject="gate", fusion="concat"),
              "time": dict(direction="bidirectional", time_cond="film"), "attention": dict(mixer="attention", direction="block"),
              "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift="none"),
-             "hybrid": dict(mixer="attention,rwkv7", direction="block")}
+             "hybrid": dict(mixer="attention,rwkv7", direction="block"), "wide": dict(direction="block", ffn_shift="wide"),
+             "alternate": dict(direction="alternate_block"), "alternate, wide": dict(direction="alternate_block", ffn_shift="wide")}
 
 
 def network(n=4, **changes):

@@ -14,8 +14,12 @@ SMALL = ModelConfig(n_layer=3, n_embd=32, head_size=16, vocab_size=11, block_siz
 BLOCK = replace(SMALL, direction="block", dw_jrt_inject="gate", dw_jrt_scale=1.5)
 NETS = {                                      # every network that is block-causal
     "add": BLOCK, "gate": replace(BLOCK, fusion="gate"), "concat": replace(BLOCK, fusion="concat"), "tied": replace(BLOCK, tie_directions=True),
-    "dw_jrt": replace(BLOCK, dw_jrt=True), "film": replace(BLOCK, time_cond="film"), "attention": replace(BLOCK, mixer="attention"),
-    "hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", dw_jrt=True, norm="rms", tie_embeddings=True, time_cond="adaln_zero")}
+    "dw_jrt": replace(BLOCK, dw_jrt=True), "alternate": replace(BLOCK, direction="alternate_block", ffn_shift="none"),
+    "wide": replace(BLOCK, ffn_shift="wide"), "alternate, wide": replace(BLOCK, direction="alternate_block", ffn_shift="wide"),
+    "alternate, dw_jrt": replace(BLOCK, direction="alternate_block", dw_jrt=True, time_cond="film"), "film": replace(BLOCK, time_cond="film"), "attention": replace(BLOCK, mixer="attention"),
+    "hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", dw_jrt=True, norm="rms", tie_embeddings=True, time_cond="adaln_zero"),
+    "alternate hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", direction="alternate_block")}
+WHOLE = {"block": "bidirectional", "alternate_block": "alternate"}     # the same where a block is everything
 
 
 def randomised(cfg):
@@ -55,7 +59,7 @@ def test_later_blocks_never_change_earlier_logits(name, T):
 @pytest.mark.parametrize("name", NETS)
 def test_a_block_of_everything_is_bidirectional(name):
     net, x = randomised(replace(NETS[name], block_size=64)), ids(2, 13)
-    both = Denoiser(replace(NETS[name], direction="bidirectional")).eval()
+    both = Denoiser(replace(NETS[name], direction=WHOLE[NETS[name].direction])).eval()
     both.load_state_dict(net.state_dict())
     assert torch.allclose(net(x).logits, both(x).logits, atol=1e-6)
     y = x.clone()
@@ -74,7 +78,7 @@ def test_block_by_block_with_a_carried_state_equals_the_whole(name):
     assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-5)
     for a, b in zip(flat(state), flat(whole.state), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-    if name not in ("attention", "hybrid"):                          # constant size
+    if "attention" not in NETS[name].mixer:                          # constant size
         assert [z.shape for z in flat(state)] == [z.shape for z in flat(net(x[:, :5]).state)]
 
 
@@ -89,7 +93,8 @@ def test_a_bidirectional_model_takes_a_piece_as_one_block():
 
 
 RAGGED = NETS | {"causal attention": replace(SMALL, mixer="attention", direction="causal"), "biwkv": replace(SMALL, mixer="biwkv"),
-                 "bidirectional": replace(SMALL, direction="bidirectional", dw_jrt=True, time_cond="add")}
+                 "bidirectional": replace(SMALL, direction="bidirectional", dw_jrt=True, time_cond="add"),
+                 "alternate wide": replace(SMALL, direction="alternate", ffn_shift="wide")}
 
 
 @pytest.mark.parametrize("name", RAGGED)
@@ -135,6 +140,36 @@ def test_the_backward_scan_is_the_forward_scan_of_the_reversed_text():
             weights[key] = torch.full((32,), float(key.endswith("b")))
     both.load_state_dict(weights)
     assert torch.allclose(both(x).logits, causal(x.flip(1)).logits.flip(1), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(dw_jrt=True), dict(ffn_shift="none"), dict(ffn_shift="wide")])
+def test_alternating_scans_see_both_sides_from_the_second_layer_on(changes):
+    """One layer sees what is before, two see every token."""
+    cfg = replace(SMALL, direction="alternate", **changes)
+    for layers in (1, 2, 3):
+        net, x, sees = randomised(replace(cfg, n_layer=layers)), ids(1, 9), []
+        for at in range(9):
+            y = x.clone()
+            y[0, at] = (y[0, at] + 1) % 12
+            sees.append((net(y).logits != net(x).logits).any(-1)[0])
+        sees, reach = torch.stack(sees, 1), nets.FFN_SHIFTS[cfg.ffn_shift] or 0       # (token, what it sees)
+        if layers == 1:
+            assert torch.equal(sees, torch.ones(9, 9).tril(reach).bool())
+        else:
+            assert sees.all()
+
+
+@torch.no_grad()
+def test_every_second_layer_is_the_same_layer_on_the_reversed_text():
+    """Written with a causal network's two layers, the second one on the row turned around."""
+    net, x = randomised(replace(SMALL, direction="alternate", n_layer=2)), torch.randn(2, 9, 32)
+    causal = Denoiser(replace(SMALL, n_layer=2)).eval()
+    causal.load_state_dict(net.state_dict())
+    seq, (first, second) = nets.Sequence.of(x, causal.cfg, None, None, 1, False, None, None), causal.blocks
+    below, _, carry = first(first.ln0(x), None, seq, nets.Carry())
+    above, _, _ = second(below.flip(1), None, seq, nets.Carry(v_first=carry.v_first.flip(1)))
+    assert torch.allclose(net(x).hidden, net.ln_out(above.flip(1)), atol=1e-5)
 
 
 @torch.no_grad()
@@ -213,7 +248,7 @@ def test_biwkv_sees_both_sides_and_decay_follows_the_noise_level():
 @pytest.mark.parametrize("ffn_shift", ["both", "wide"])
 @pytest.mark.parametrize("changes", [{}, dict(tie_directions=True), dict(mixer="attention"), dict(mixer="biwkv"), dict(mixer="rwkv7,attention")])
 def test_a_shift_from_both_sides(changes, ffn_shift):
-    """Another network, each token sees all others, padding changes nothing; nowhere but where all is seen at once."""
+    """Another network, each token sees all others, padding changes nothing; not for causal networks."""
     cfg = replace(SMALL, n_embd=32, head_size=16, direction="bidirectional", ffn_shift=ffn_shift, **changes)
     net, x = randomised(cfg), ids(2, 9)
     plain = Denoiser(replace(cfg, ffn_shift="before")).eval()
@@ -225,9 +260,8 @@ def test_a_shift_from_both_sides(changes, ffn_shift):
         y = x.clone()
         y[:, at] = (y[:, at] + 1) % 12
         assert (net(y).logits != net(x).logits).any(-1).all()
-    for other in ("causal", "block"):
-        with pytest.raises(ValueError, match=f"ffn_shift={ffn_shift} looks at tokens after"):
-            Denoiser(replace(cfg, mixer="rwkv7", direction=other))
+    with pytest.raises(ValueError, match=f"ffn_shift={ffn_shift} looks at tokens after"):
+        Denoiser(replace(cfg, mixer="rwkv7", direction="causal"))
 
 
 @torch.no_grad()
