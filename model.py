@@ -101,7 +101,9 @@ class Sequence:
         """x (B,T,C); n: tokens in a block; has_latent (B,) or None: x begins with a prefix, padding in rows
         without a latent."""
         (B, T), sees = x.shape[:2], direction(cfg)
-        block = {"causal": 0, "bidirectional": T}.get(sees, min(n, T))
+        block = 0 if sees == "causal" else min(n, T)
+        if sees == "bidirectional" and not finished_text:
+            block = T
         seen = n if finished_text else block
         seeded = cfg.dw_jrt and not finished_text
         pieces = -(-T // block) if seeded and block else 1
@@ -834,7 +836,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None,
                 finished_text=False, block_states=None, block_size=None, x0_guess=None):
-        cfg, has_latent, n = self.cfg, None, block_states or block_size or self.cfg.block_size
+        cfg, has_latent, n = self.cfg, None, min(block_states or block_size or self.cfg.block_size, x.shape[1])
         finished_text = finished_text or block_states is not None
         time = self.embed_time(x, t, latent_t, lengths, n)                       # (B,1,C) or (B,T,C) or None
         x = self.embed(x, time, x0_guess)                                        # (B,T,C)

@@ -213,6 +213,7 @@ BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "t
              "time": dict(direction="bidirectional", time_cond="film"), "attention": dict(mixer="attention", direction="block"),
              "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift="none"),
              "hybrid": dict(mixer="attention,rwkv7", direction="block"), "wide": dict(direction="block", ffn_shift="wide"),
+             "two-way, wide": dict(direction="bidirectional", ffn_shift="wide"), "alternate, two-way": dict(direction="alternate"),
              "alternate": dict(direction="alternate_block"), "alternate, wide": dict(direction="alternate_block", ffn_shift="wide")}
 
 
