@@ -21,6 +21,7 @@ if __name__ == "__main__":
     stoppable()
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -38,7 +39,6 @@ from typing import NamedTuple
 
 import torch
 
-import data
 import diffusion
 import model as nets
 import wkv_cuda
@@ -350,225 +350,6 @@ def reopened(folder):
     saved = nets.load_checkpoint(checkpoint(folder))
     return nets.from_pretrained(folder, saved).eval(), diffusion.trained_with(saved["config"])
 
-@torch.no_grad()
-def sampled(folder, rows, length, sampler, steps):
-    """`rows` unconditional samples of a run -> ids (rows,length)."""
-    net, cfg = reopened(folder)
-    x, draws = torch.full((rows, length), net.mask_id), data.generator(1, 0, 3)
-    options = {"cfg": cfg} if sampler in diffusion.GAUSSIAN_STEPS else {}
-    return diffusion.SAMPLERS[sampler](net, x, x != net.mask_id, net.mask_id, draws, steps=steps, **options)
-
-def gaussian_runs():
-    """The whole runs, and those of 200 steps with one part changed: two dicts {name: options}."""
-    gaussian = "config/gaussian.py"
-    seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
-    # as many parameters and as much time as the 1000 steps of config/gaussian.py
-    whole = seeds | {"masked": "config/shakespeare.py --ffn_shift=both --max_iters=1400"}
-    changes = {"mixed, x0, cosine": "",
-               "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
-               "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
-               "linear": "--beta_schedule=linear", "sigmoid": "--beta_schedule=sigmoid",
-               "a prefix is given": "--mask_policy=suffix --drop_given=0", "all is noised": "--drop_given=1",
-               "curriculum": "config/gaussian_curriculum.py", "embeddings thaw": "config/gaussian_thaw.py",
-               "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
-               "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
-               "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
-    short = f"{gaussian} --max_iters=200 --eval_interval=40"
-    return whole, {name: f"{short} {change}" for name, change in changes.items()}
-
-def suite_gaussian():
-    """What rounds rightly by noise level, and how far samples' bigrams are from those of held-out text."""
-    rows, length = 4 if quick else 64, 128
-    source = data.TextSource(data_path, length, "char")
-    held_out = source.eval_rows(len(source.val) // length)[0]
-    whole, parts = gaussian_runs()
-    metrics = {name: name for name in ("bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0)))}
-    more = [f"--data_path={data_path}"]
-    if quick:
-        more += ["--batch_size=4", "--eval_iters=1", "--max_iters=10"]
-    runs = {name: Run(options.split() + more, metrics) for name, options in (whole | parts).items()}
-    names = ["gaussian, seed 1337", "masked", "mse alone"] if quick else chosen(runs)
-
-    def measure(name, folder):
-        evals = read_log(folder, "eval")
-        found = {"minutes": statistics.mean(step_ms(folder)) * evals[-1]["step"] / 6e4}
-        if name == "masked":
-            rules = {"topk": ("topk", 50), "first_hitting": ("first_hitting", 0)}
-        else:
-            counts = (10, 20, 50, 100, 200) if name == "gaussian, seed 1337" else (50,)
-            rules = {f"{n} steps": ("ddim", n) for n in counts} | {"ddpm": ("ddpm", 50)}
-            found["curve"] = [(row["step"], row["round_acc_0.5"]) for row in evals]
-            found["alarms"] = sum("alarm" in row for row in evals[1:])
-        for key, rule in rules.items():
-            found[f"kl, {key}"] = bigram_kl(sampled(folder, rows, length, *rule), held_out)
-        return found
-    found = quality("gaussian", runs, measure, names)
-    own = bigram_kl(source.train_rows(0, rows, 0, rows, 1)[0], held_out)
-    gaussian_tables(found, whole, parts, f"{rows} samples' bigrams from held-out text's, nats "
-                                         f"({rows} rows of training text: {own:.3f})")
-    speed = denoising_ms()
-    table_of_ms("50 denoising steps at N = 512, batch 1, ms per step", speed)
-    return {"runs": found, "speed": speed}
-
-def gaussian_tables(found, whole, parts, divergence):
-    same = {"kl, topk": "kl, 50 steps", "kl, first_hitting": "kl, ddpm"}     # they share a column
-    rows = {name: {same.get(key, key): value for key, value in run.items()} for name, run in found.items()}
-    titles = {f"whole runs; divergence of {divergence}": whole, "200 steps each, one part changed": parts}
-    for title, names in titles.items():
-        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | "
-              "divergence, ddim or topk | ddpm or one by one | alarms",
-              "{parameters:.2M} | {minutes:.1f} | {0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
-              "{0[round_acc_1.0]:.3f} | {kl, 50 steps:.3f} | {kl, ddpm:.3f} | {alarms}",
-              {name: run for name, run in rows.items() if name in names})
-    first = found.get("gaussian, seed 1337", {})
-    table("divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
-          {key[4:-6]: {"kl": kl} for key, kl in first.items() if key.endswith("steps")})
-    curves = {name: zip(*found[name]["curve"]) for name in parts if name in found}
-    if curves:
-        plot("gaussian", "tokens that round rightly at t = 0.5", curves)
-
-@torch.no_grad()
-def denoising_ms():
-    """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers."""
-    base = replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
-    biwkv, attention = replace(base, mixer="biwkv"), attention_baseline(base)
-    configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, BASELINE: attention}
-    x, options = torch.full((1, 512), 256), dict(cfg=diffusion.DiffusionConfig(), steps=5 if quick else 50)
-
-    def job(net):
-        diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), **options)
-    jobs = {name: functools.partial(job, nets.Denoiser(cfg).eval()) for name, cfg in configs.items()}
-    return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
-
-# of the latents of texts
-VARIANTS = {"": lambda z: z, "_shuffled": lambda z: z.roll(1, 0), "_no_latent": torch.zeros_like}
-
-def latent_runs(text, pairs):
-    """{name: Run}; the backbone learns from `text`, all others from the folder `pairs`."""
-    next_token, stage2 = "sequential --predict=next --ffn_shift=before", "stage2_variational"
-    rows = {"backbone": ("", "ar --direction=causal --ffn_shift=before"), "sequential": ("", "sequential"),
-            "stage1_coupling": ("", "stage1_coupling"), "l2t": ("", "l2t"), "t2l": ("", "t2l"),
-            "latent from text": ("", "sequential --latent_pred_from=text"),
-            "latent from prefix": ("", "sequential --latent_pred_from=prefix"),
-            "from the backbone": ("backbone", next_token),
-            "from the backbone, frozen": ("backbone", f"{next_token} --freeze_backbone=1"),
-            "embedding diffusion": ("", "gaussian --self_cond=1 --ema=0.99 --time_cond=add"),
-            "stage2, fixed prior": ("sequential", stage2),
-            "stage2, learned prior": ("sequential", f"{stage2} --latent_prior=learned"),
-            "stage2, pooled states": ("sequential", f"{stage2} --latent_encoder=rwkv_pool"),
-            "stage2, geometry": ("sequential", f"{stage2} --geom_weight=1")}
-    common = ["config/latent.py", f"--max_iters={10 if quick else 600}", "--eval_interval=100000"]
-    if quick:
-        common += ["--batch_size=4", "--eval_iters=2"]
-    runs = {name: Run([*common, f"--data_path={pairs}", *f"--objective={options}".split()], start=start)
-            for name, (start, options) in rows.items()}
-    runs["backbone"].options.append(f"--data_path={text}")
-    return runs
-
-def suite_latent():
-    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components
-    of their n-grams. The runs stay in OUT/local."""
-    work, n = os.path.join(out, "local"), 8 if quick else 64
-    pairs = os.path.join(work, "pairs.quick" if quick else "pairs")
-    if not data.has_pairs(pairs) and data.main(["latents", f"--data_path={data_path}", f"--out={pairs}"]):
-        raise RuntimeError("python data.py latents failed")
-    text = data_path or os.path.join(pairs, "text.txt")
-    source, held_out = data.PairSource(pairs, 128), data.TextSource(text, 128, "byte").eval_rows(n * 4)[0]
-    runs = latent_runs(text, pairs)
-
-    @torch.no_grad()
-    def measure(name, folder):
-        found = {}
-        if "backbone" in (name, runs[name].start):
-            found["perplexity"] = perplexity(folder, trained(runs, "backbone", work), held_out)
-        if name == "backbone":
-            return found
-        net, cfg = reopened(folder)
-        x, _, lengths, z = source.eval_rows(n * 2 if quick else 10**6)
-        if net.cfg.gaussian:
-            found |= gaussian_text_nats(net, cfg, x[:4 * n], z[:4 * n])
-        else:
-            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
-        found |= text_scores(net, cfg, source, x[:n], z[:n])
-        if not net.cfg.gaussian and name not in ("l2t", "t2l"):
-            found |= joint_scores(net, cfg, source, x, n)
-        return found
-    found = quality("latent", runs, measure, chosen(runs)[:3 if quick else None], work)
-    latent_tables(found)
-    return {"runs": found}
-
-def perplexity(folder, backbone, x):
-    """Of a byte of the texts x, of what is left in a run of its causal backbone."""
-    net = nets.Denoiser(nets.ModelConfig(**nets.load_checkpoint(checkpoint(backbone))["model_config"])).eval()
-    weights = nets.load_checkpoint(checkpoint(folder))["model"]
-    net.load_state_dict({key: w for key, w in weights.items() if key in net.state_dict()})
-    exact = diffusion.NextToken(diffusion.DiffusionConfig(objective="ar"), net.cfg)
-    return exact.bound(net, x).mean().exp().item()
-
-def gaussian_text_nats(net, cfg, x, z):
-    """Of embedding diffusion, whose cross-entropy is not a bound: the mean over noise levels, per token."""
-    found, z, every = {}, diffusion.clean_latent(net, z), torch.ones_like(x, dtype=torch.bool)
-    for suffix, variant in VARIANTS.items():
-        draws = data.generator(1, 0, 2)
-        report, found["alarm"] = diffusion.gaussian_report(net, x, every, None, draws, cfg, latent=variant(z))
-        found[f"text_nats{suffix}"] = statistics.mean(v for key, v in report.items() if key.startswith("ce_"))
-    return found
-
-def text_scores(net, cfg, source, x, z):
-    """BLEU and chrF, in %, of texts sampled from latents against the texts x, if sacrebleu is there."""
-    try:
-        import sacrebleu
-    except ImportError:
-        return {}
-    if net.latent_encoder is not None:
-        z = net.posterior(x)[0]
-    found, truth, options = {}, [decoded(source, x)], dict(steps=50, temperature=0.5)
-    options["sampler"] = "ddim" if net.cfg.gaussian else "first_hitting"
-    for suffix, variant in VARIANTS.items():
-        ids = diffusion.sample_text_from_latent(net, variant(z), 128, data.generator(2, 0, 3), cfg, **options)
-        texts = decoded(source, ids)
-        found[f"bleu{suffix}"] = sacrebleu.corpus_bleu(texts, truth, force=True).score
-        found[f"chrf{suffix}"] = sacrebleu.corpus_chrf(texts, truth).score
-    return found
-
-def joint_scores(net, cfg, source, x, n):
-    """How n texts and latents sampled together fit: the share of the latents that are further from a text's
-    own than the one sampled with it; the divergence of the texts' bigrams from those of x."""
-    ids, z = diffusion.sample_joint(net, n, 128, data.generator(1, 0, 3), cfg, 64, temperature=0.7)
-    texts = decoded(source, ids)
-    if net.latent_encoder is not None:
-        own = net.posterior(ids)[0]
-    else:
-        grams = data.ngrams(texts, len(source.projection[0]))
-        own = torch.from_numpy(data.Projection(*source.projection)(grams))
-    far = torch.cdist(own, z)
-    nearer = (far.diagonal()[:, None] < far).sum(1) / (n - 1)
-    return {"joint_nearer": nearer.mean().item(), "joint_kl": bigram_kl(ids, x), "sample": texts[0]}
-
-def decoded(source, ids):
-    return list(map(source.tokenizer.decode, ids.tolist()))
-
-def latent_tables(found):
-    def having(key):
-        return {name: run for name, run in found.items() if key in run}
-
-    def variants(key, form):
-        return " / ".join(f"{{{key}{suffix}:{form}}}" for suffix in VARIANTS)
-    rows = having("text_nats")
-    for name, run in having("latent_mse").items():
-        rows[name] = run | {"of_mean": run["latent_mse"] / run["latent_mse_of_mean"]}
-    cells = ["{of_mean:.3f} | {latent_rank:.1%}", variants("text_nats", ".3f"), variants("bleu", ".1f"),
-             variants("chrf", ".1f"), "{joint_nearer:.0%} | {joint_kl:.3f}"]
-    table("texts and latents, validation split (right latent / shuffled / none)",
-          "run | latent MSE of mean's | median rank | text, nats per token | BLEU | chrF | joint nearer | "
-          "bigram KL", " | ".join(cells), rows)
-    table("Stage II", "run | KL, nats per text | active units | text, nats per token: z / none",
-          "{kl:.2f} | {active_units} | {text_nats:.3f} / {text_nats_no_latent:.3f}", having("kl"))
-    rows = having("perplexity")
-    table("perplexity per byte, causal backbone", "run | perplexity", "{perplexity:.2f}", rows)
-    for name, run in having("sample").items():
-        print(f"  --- {name}: {run['sample']!r}")
-
 # ---- speed on a CPU ----
 
 BASELINE = "attention baseline"
@@ -725,8 +506,9 @@ def directions():
     """Every direction at C=256, N=64, four layers, and attention of the two-way network's size."""
     base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, direction="causal")
     blocks = {f"block {n}": replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
-    two_way = replace(base, direction="bidirectional")
-    return {"causal": base, **blocks, "bidirectional": two_way, BASELINE: attention_baseline(two_way)}
+    two_way, alternate = replace(base, direction="bidirectional"), replace(base, direction="alternate")
+    return {"causal": base, **blocks, "alternate": alternate, "bidirectional": two_way,
+            BASELINE: attention_baseline(two_way)}
 
 def flops_per_token(cfg, T):
     """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan
@@ -739,7 +521,7 @@ def flops_per_token(cfg, T):
             ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
             total += scan + 2 * C * C
-            if nets.direction(cfg) != "causal":
+            if nets.direction(cfg) != "causal" and not nets.way(cfg).alternate:
                 total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
         else:
             total += 8 * C * C + 4 * C * T * (mixer == "attention")
@@ -837,217 +619,19 @@ def suite_generate():
     print(f"  {name}: a block at {high} tokens takes {ratio:.2f}x one at {low}")
     return {"rows": found, "ratio": ratio}
 
-# ---- speed on a GPU: functions of what the GPU itself does, and of the device ----
-
-def relative_errors(f, reference, names, x):
-    """Of outputs and gradients of f against the reference in float64 on the same, perhaps rounded, inputs."""
-    exact = [z.detach().double().requires_grad_() for z in x]
-    y, wanted = outputs(f(*x)), outputs(reference(*exact))
-    g = torch.Generator(x[0].device).manual_seed(1)
-    grads = [torch.randn(z.shape, generator=g, device=z.device).to(z.dtype) for z in y]
-    found = [*y, *torch.autograd.grad(y, x, grads)]
-    wanted = [*wanted, *torch.autograd.grad(wanted, exact, [z.double() for z in grads])]
-    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, found, wanted)}
-
-def gpu_parity(limits, device):
-    """Relative errors of the kernels, every output, every gradient. ValueError if one is too large."""
-    found, T, normal = {}, 50 if quick else 200, functools.partial(torch.randn, device=device)
-    dtypes = torch.float32, torch.bfloat16
-    for dtype, N, every in itertools.product(dtypes, wkv_cuda.HEAD_SIZES, (None, 5, 16)):
-        x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
-        s0, c = 0.3 * normal(2, 3, N, N), (0.3 * normal(x[0].shape)).to(dtype)
-        x += [s0.requires_grad_(), c.requires_grad_()]
-        ops = (functools.partial(op, every=every) for op in (wkv_cuda.wkv7, wkv_cuda.wkv7_loop))
-        name = f"wkv7 N={N}{f' every={every}' if every else ''} {str(dtype)[6:]}"
-        found[name] = relative_errors(*ops, "y s dr dw dk dv da db ds0 dc".split(), x)
-    x = [torch.rand(2, 48, device=device), normal(2, 48), normal(2, T, 48), normal(2, T, 48)]
-    ops = wkv_cuda.biwkv, wkv_cuda.biwkv_loop
-    found["biwkv float32"] = relative_errors(*ops, "y dw du dk dv".split(), [z.requires_grad_() for z in x])
-    worst = {name: dict(largest=max(row.values()), of=max(row, key=row.get)) for name, row in found.items()}
-    table("relative error against float64, allowed 1e-5 (float32) and 2e-2 (bfloat16)",
-          "kernel | largest | of", "{largest:.1e} | {of}", worst)
-    allowed = {name: 2e-2 if "bfloat16" in name else 1e-5 for name in worst}
-    if bad := [name for name, row in worst.items() if not row["largest"] <= allowed[name]]:
-        raise ValueError("the kernels are wrong on this GPU, so that nothing else is measured: "
-                         f"{', '.join(bad)}; WKV_IMPL=torch does without them")
-    return found
-
-def gpu_ms(f, device):
-    """Median milliseconds of f(), which is called once before."""
-    times = []
-    for _ in range(3 if quick else 12):
-        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-        begin.record()
-        f()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[1:])
-
-def gpu_limits(device):
-    """What the GPU itself does: bytes/s of a copy, FLOP/s of a matrix product in bfloat16."""
-    size, n = (2**20, 512) if quick else (2**30, 8192)
-    x, y = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    moved = 2 * size / gpu_ms(lambda: y.copy_(x), device) * 1e3
-    flops = 2 * n**3 / gpu_ms(lambda: a @ a, device) * 1e3
-    print(f"\n  this GPU copies {moved / 1e9:.0f} GB/s and multiplies {flops / 1e12:.1f} TFLOP/s in bfloat16")
-    return {"bytes_per_s": moved, "flops": flops}
-
-class Official(torch.autograd.Function):
-    """RWKV-LM's pair of operators `forward` and `backward`, op, as a function of r, w, k, v, a, b."""
-    @staticmethod
-    def forward(ctx, op, *x):
-        B, T, H, N = x[0].shape
-        y, sa = torch.empty_like(x[0]), torch.empty_like(x[0], dtype=torch.float32)
-        s = sa.new_empty(B, H, T // 16, N, N)
-        op.forward(*x, y, s, sa)
-        ctx.op = op
-        ctx.save_for_backward(*x, s, sa)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        *x, s, sa = ctx.saved_tensors
-        grads = [torch.empty_like(z) for z in x]
-        ctx.op.backward(*x, dy.contiguous(), s, sa, *grads)
-        return None, *grads
-
-def official_kernels(folder):
-    """RWKV-LM's own training kernels from a checkout -> {name: function of wkv7's r, w, k, v, a, b}: head
-    size 64, T a multiple of 16, bfloat16; their w goes through a sigmoid. ValueError if a file is missing."""
-    from torch.utils.cpp_extension import load
-    flags = ["-O3", "--use_fast_math", "--extra-device-vectorization", "-D_N_=64", "-D_CHUNK_LEN_=16"]
-    found, cuda = {}, os.path.join(folder, "RWKV-v7", "train_temp", "cuda")
-    for name, variant in {"rwkv7_clampw": "", "rwkv7_clampw_v3": "_for_h100"}.items():
-        sources = [os.path.join(cuda, f"{name}{variant}.cu"), os.path.join(cuda, f"{name}.cpp")]
-        if missing := [f for f in sources if not os.path.isfile(f)]:
-            raise ValueError(f"rwkv_lm={folder}: there is no {missing[0]}: "
-                             "give the folder of a checkout of github.com/BlinkDL/RWKV-LM")
-        load(name, sources, is_python_module=False, extra_cuda_cflags=flags)
-        found[name] = functools.partial(Official.apply, getattr(torch.ops, name))
-    return found
-
-def recurrences(device):
-    """{name: function of wkv7's inputs}: ours, fla's where it is installed, RWKV-LM's from a checkout."""
-    found = {wkv_cuda.backend(device): lambda *x: wkv_cuda.wkv7(*x)[0]}
-    try:                  # what fla's chunk_rwkv7 calls; its own arguments differ between versions
-        from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
-        fla = functools.partial(chunk_dplr_delta_rule, scale=1.0, output_final_state=False)
-        found["fla"] = lambda r, w, k, v, a, b: fla(q=r, k=k, v=v, a=a, b=b, gk=w)[0]
-    except ImportError as e:
-        print(f"  fla's chunk_rwkv7 is not measured: {e} (pip install flash-linear-attention)")
-    if rwkv_lm:
-        return found | official_kernels(rwkv_lm)
-    print("  RWKV-LM's kernels are not measured: give a checkout of github.com/BlinkDL/RWKV-LM as --rwkv_lm")
-    return found
-
-def gpu_recurrence(limits, device):
-    """Forward for inference, forward and backward for training. Bytes are those that must move at least
-    (inputs, output, gradients, what forward keeps), FLOPs 9 N per channel forward and 19 N backward."""
-    B, H, N = (1, 2, 64) if quick else (8, 32, 64)
-    impls, found = recurrences(device), {}
-    for T in (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384):
-        x = recurrence_inputs(B, T, H, N, torch.bfloat16, device)
-        dy, size = torch.randn_like(x[0]), x[0].numel()
-        kept = 4 + 4 * N / 16                  # bytes per element of the output
-        for name, f in impls.items():
-            forward = torch.no_grad()(functools.partial(f, *x))
-            ways = {"forward": (forward, 14, 9),
-                    "forward+backward": (lambda: torch.autograd.grad(f(*x), x, dy), 40 + 2 * kept, 28)}
-            for way, (job, moved, flops) in ways.items():
-                per_s = size / gpu_ms(job, device) * 1e3
-                speed = dict(ms=size / per_s * 1e3, bytes_per_s=moved * per_s, flops=flops * N * per_s)
-                shares = {f"{key}_share": speed[key] / limit for key, limit in limits.items()}
-                found[f"{name}, {way}, T={T}"] = speed | shares
-    table(f"wkv7 at (B,T,H,N) = ({B},T,{H},{N}), bfloat16",
-          "back end | ms | B/s | of a copy | FLOP/s | of a matrix product",
-          "{ms:.3f} | {bytes_per_s:.0G} | {bytes_per_s_share:.1%} | {flops:.2T} | {flops_share:.1%}", found)
-    return found
-
-def training_step(cfg, batch, T, device):
-    """(milliseconds, bytes of memory) of a step: masked tokens, AdamW, bfloat16 products, torch.compile."""
-    with torch.device(device):
-        net = nets.Denoiser(cfg)
-        x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
-    torch.compiler.reset()                 # what has been compiled for other networks counts towards a limit
-    nets.compile_blocks(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits = net(diffusion.mask_tokens(x, masked, net.mask_id)).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    step()
-    torch.accelerator.reset_peak_memory_stats()
-    return gpu_ms(step, device), torch.accelerator.max_memory_allocated()
-
-def gpu_training(size, T, limits, device):
-    """Networks of about 124 M or 1.5 B parameters, rows of T tokens. MFU is against the matrix product."""
-    V, N, (L, C, tokens) = 50304, 64, {"124M": (12, 768, 16384), "1.5B": (24, 2048, 4096)}[size]
-    if quick:
-        N, L, C, tokens, T = 16, 2, 64, 128, 64
-    two_way = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True,
-                               direction="bidirectional")
-    causal, attention, found = replace(two_way, direction="causal"), attention_baseline(two_way), {}
-    for name, cfg in {"causal": causal, "bidirectional": two_way, BASELINE: attention}.items():
-        torch.accelerator.empty_cache()
-        started = time.perf_counter()
-        try:
-            ms, memory = training_step(cfg, tokens // T, T, device)
-        except torch.OutOfMemoryError:
-            print(f"  {size} {name}: {tokens // T} x {T} tokens do not fit this GPU", flush=True)
-            continue
-        speed = tokens / ms * 1e3
-        mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
-        found[name] = dict(parameters=parameters(cfg), ms=ms, tokens_per_s=speed, memory_bytes=memory,
-                           GiB=memory / 2**30, mfu=mfu, s=time.perf_counter() - started)
-        print(f"  {size} {name}: {ms:.1f} ms, {memory / 2**30:.1f} GiB", flush=True)
-    table(f"a training step on {tokens // T} x {T} tokens, {size}",
-          "network | parameters | ms | tokens/s | GiB | MFU | s with compilation",
-          "{parameters:.0M} | {ms:.1f} | {tokens_per_s:.0f} | {GiB:.1f} | {mfu:.1%} | {s:.0f}", found)
-    return found
-
-@torch.inference_mode()
-def gpu_generation(limits, device):
-    """Blocks of 32 after 1024 tokens, 124 M parameters, bfloat16 products."""
-    L, C, N, V, context = (2, 64, 16, 256, 64) if quick else (12, 768, 64, 50304, 1024)
-    networks = block_networks(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True)
-    found = {}
-    for name, cfg in networks.items():
-        with torch.device(device):
-            net = nets.Denoiser(cfg).eval()
-        for B in (1, 2 if quick else 32):
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                ms = gpu_ms(block_job(net, B, context)[0], device)
-            found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * 32 / ms * 1e3)
-    table("one block of 32 tokens", "network | ms | tokens/s", "{ms:.1f} | {tokens_per_s:.0f}", found)
-    return found
-
-def suite_gpu():
-    """The parts asked for, each kept as soon as it is measured, beside what is on file for this GPU."""
-    if not torch.cuda.is_available():
-        raise ValueError("suite=gpu measures a GPU, and torch sees none "
-                         "(nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build of torch)")
-    if reason := wkv_cuda.build("cuda"):
-        raise ValueError(f"nothing to measure: {reason}")
-    parts = {"parity": gpu_parity, "wkv7": gpu_recurrence, "generation": gpu_generation}
-    for size, T in itertools.product(("124M", "1.5B"), (1024, 4096)):
-        parts[f"training {size} {T}"] = functools.partial(gpu_training, size, T)
-    found = {"processor": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    with contextlib.suppress(OSError), open(where("gpu", **found)) as f:
-        found = json.load(f) | found
-    found["limits"] = gpu_limits("cuda")
-    for name in chosen(parts):
-        found[name] = parts[name](found["limits"], "cuda")
-        write("gpu", found)
-    return found
+def from_file(name):
+    """The suite of bench/NAME.py, which imports what it needs of this file."""
+    sys.modules.setdefault("bench", sys.modules[__name__])
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks,
           "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation, "text": suite_text,
-          "generate": suite_generate, "gaussian": suite_gaussian, "latent": suite_latent, "gpu": suite_gpu}
+          "generate": suite_generate}
+SUITES |= {name: lambda name=name: from_file(name).suite() for name in ("gaussian", "latent", "gpu")}
 
 def main():
     if threads:

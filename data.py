@@ -101,9 +101,11 @@ class TextSource:
         x = ids[start[:, None] + torch.arange(self.T)].long()
         return Rows(x, torch.ones_like(x, dtype=torch.bool))
 
-    def report(self, batches):
-        """Bounds, a list of (rows,) float64 nats per token -> val_loss, their mean, bits per character, byte
-        and token with standard errors: None where too few windows are disjoint to tell."""
+    def report(self, batches, title="bound"):
+        """Bounds, an iterable of (rows,) nats per token -> val_loss, their mean, bits per character, byte and
+        token with standard errors: None where too few windows are disjoint to tell."""
+        bar = tqdm(batches, title, leave=False, disable=None, unit="batch")
+        batches = [nats.double().cpu() for nats in bar]
         nats, means = torch.cat(batches).mean().item(), torch.stack([b.mean() for b in batches])
         rows, disjoint = sum(map(len, batches)), len(self.val) // self.T    # as many windows share no token
         se = None

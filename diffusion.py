@@ -2,10 +2,10 @@
 
 B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the
 share of tokens masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None,
-finished_text=False, block_states=None) that returns an object with `logits` (B,T,V) and `state`, such as
-model.Denoiser; only block diffusion uses the last three. Gaussian diffusion calls it as (x_t (B,T,C),
-t (B,T), x0_guess=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`. Randomness is
-passed in.
+finished_text=False, block_states=None, block_size=None) that returns an object with `logits` (B,T,V) and
+`state`, such as model.Denoiser; only block diffusion uses the last four. Gaussian diffusion calls it as
+(x_t (B,T,C), t (B,T), x0_guess=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`.
+Randomness is passed in.
 """
 import functools
 import math
@@ -21,9 +21,11 @@ class DiffusionConfig:
     objective: str = ""             # how it is trained; empty = task for a task, masked_mean for text
     schedule: str = "linear"        # masks: masking rate m(t)
     mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training
+    block_sizes: tuple = (1, 4, 16, 0)  # [0, 1e7] mixture: each row draws its blocks' size; 0 = the whole row
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
     noise_shift: float = 6.0        # (0, 1e6] gaussian: factor on the noise's amplitude against the signal's
+    likelihood: str = "bound"       # evaluation: also (order) the exact one in fixed orders of unmasking
     diffusion_steps: int = 1000     # [0, 1e9] gaussian: t has so many values; 0 = it is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE; tokens = cross-entropy; mixed = both
@@ -55,13 +57,21 @@ def cosine(t):
     """m(t) = 1 - cos(pi t / 2) (Nichol & Dhariwal 2021, as a masking rate): few masks for small t."""
     return 1 - torch.cos(math.pi / 2 * t), math.pi / 2 * torch.sin(math.pi / 2 * t)
 
+def bell(t, mean=0.4, deviation=0.2):
+    """The quantiles of a normal distribution cut off at 0 and 1: most rates near `mean` (as in arXiv
+    2605.13026)."""
+    lo, hi = torch.special.ndtr((torch.tensor([0.0, 1.0], device=t.device).double() - mean) / deviation)
+    z = torch.special.ndtri(lo + t.double() * (hi - lo))
+    slope = deviation * (hi - lo) * math.sqrt(2 * math.pi) * (z**2 / 2).exp()
+    return (mean + deviation * z).clamp(0, 1).to(t.dtype), slope.to(t.dtype)
+
 def sigmoid(t, width=3.0):
     """m(t) = a sigmoid between -width and width, rescaled to run from 0 to 1 (Jabri et al. 2023)."""
     s = torch.sigmoid(width * (2 * t - 1))
     lo, hi = torch.sigmoid(t.new_tensor(-width)), torch.sigmoid(t.new_tensor(width))
     return (s - lo) / (hi - lo), 2 * width * s * (1 - s) / (hi - lo)
 
-SCHEDULES = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+SCHEDULES = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid, "bell": bell}
 
 # ---- which tokens of a row are masked together: (u (B,T) uniform, maskable (B,T), span) -> u (B,T) ----
 
@@ -108,6 +118,7 @@ class Batch(NamedTuple):
     z: Optional[Tensor] = None         # (B,D) latents, rows of zeros for none
     s: Optional[Tensor] = None         # (B,) their noise levels
     z_eps: Optional[Tensor] = None     # (B,D) normal noise for them
+    block: Optional[Tensor] = None     # (B,) tokens in a block, for objective=mixture
 
     def to(self, device):
         return Batch(*(z if z is None else z.to(device, non_blocking=True) for z in self))
@@ -169,6 +180,20 @@ def exact_count(B, T, generator, lengths=None):
     masked = order.argsort(1).argsort(1) < k[:, None]
     return masked, masked / k[:, None]
 
+# In which order are tokens revealed? (log p (B,T,V), u (B,T) uniform, drawn once) -> (B,T), highest first.
+ORDERS = {"confidence": lambda logp, u: logp.amax(-1),
+          "left_to_right": lambda logp, u: -torch.arange(u.shape[1]).to(u).expand_as(u),
+          "random": lambda logp, u: u}
+
+def relabelled(metrics, label):
+    """What metrics say of bits, {"bits_per_char": ..., "bits_per_char_se": ...}, with a label each."""
+    found = {}
+    for key, value in metrics.items():
+        if key.startswith("bits_per"):
+            name = key.removesuffix("_se")
+            found[f"{name}_{label}{key.removeprefix(name)}"] = value
+    return found
+
 def weighted_nats(logits, x, weight):
     """-> (B,), the sum over each row of weight (B,T) * cross-entropy of x (B,T)."""
     nats = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
@@ -191,6 +216,7 @@ class Objective:
     latents = False          # does it learn texts together with latents?
     causal = False           # is it for networks that see only what is before?
     uses_all = True          # does every step use every parameter? (DistributedDataParallel must know)
+    ordered = False          # can its likelihood be taken in an order of unmasking?
     eval_batches = math.inf  # at most so many batches of text are evaluated
 
     def __init__(self, cfg, net_cfg, steps=1):
@@ -224,6 +250,9 @@ class Objective:
         if self.gaussian != net.gaussian:
             raise ValueError(f"objective={name} needs a network with gaussian={int(self.gaussian)}: leave "
                              "gaussian out, or start with --init_from=scratch")
+        if self.cfg.likelihood == "order" and not self.ordered:
+            raise ValueError(f"likelihood=order is for masked text, objective={name} unmasks nothing step by "
+                             "step: leave likelihood out")
         if net.predict == "next" and (self.causal or self.gaussian):
             raise ValueError(f"predict=next is not for objective={name}, which says itself what is predicted "
                              "where: leave predict out")
@@ -294,6 +323,7 @@ class Objective:
 class Masked(Objective):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
     layout = "block"         # how its samplers lay out a block, see `block`
+    ordered = True
 
     def noise(self, rows, draw, step):
         t, u = draw.levels(), draw.uniform(rows.x.shape[1])
@@ -322,11 +352,34 @@ class Masked(Objective):
         masked = masked.to(x.device)
         return weighted_nats(self.logits(net, x, masked), x, masked * weight.to(x.device))
 
+    def in_order(self, net, x, rule, generator):
+        """-log p(x) / T of full rows x (B,T), (B,) nats per token, where one token of each block is revealed
+        at a time, next the one that a row of ORDERS says: exact for a sampler of that order (DUEL, arXiv
+        2603.01367)."""
+        (B, T), n = x.shape, self.block_length(x)
+        rows = lambda z, fill: F.pad(z, (0, -T % n), value=fill).view(-1, n)
+        u, masked = torch.rand(B, T, generator=generator).to(x.device), torch.ones_like(x, dtype=torch.bool)
+        one, nats = x.new_ones(B * -(-T // n)), x.new_zeros(B, dtype=torch.float64)
+        for _ in range(n):
+            logp = self.logits(net, x, masked).log_softmax(-1)
+            fresh = best(rows(ORDERS[rule](logp, u), -math.inf), rows(masked, False), one)
+            fresh = fresh.view(B, -1)[:, :T] & masked
+            nats -= (logp.gather(-1, x.unsqueeze(-1)).squeeze(-1) * fresh).sum(1)
+            masked &= ~fresh
+        return nats / T
+
+    def block_length(self, x):
+        """Rows x (B,T) -> tokens that are denoised together."""
+        return x.shape[1]
+
     def evaluate(self, net, source, rows, generator, size):
         if source.kind == "task":
             return self.evaluate_answers(net, source, rows, size)
         x = rows.x
-        metrics = source.report([self.bound(net, part, generator).double().cpu() for part in x.split(size)])
+        metrics = source.report(self.bound(net, part, generator) for part in x.split(size))
+        for rule in ORDERS if self.cfg.likelihood == "order" else ():
+            nats = (self.in_order(net, part, rule, generator) for part in x.split(size))
+            metrics |= relabelled(source.report(nats, f"likelihood, {rule}"), rule)
         masked = (torch.rand(x[0].shape, generator=generator) < 0.3).to(x.device)
         filled = net(mask_tokens(x[:1], masked, self.mask_id)).logits[0].argmax(-1)
         return metrics, (x[0], masked, torch.where(masked, filled, x[0]))
@@ -349,7 +402,9 @@ class Masked(Objective):
         if name in STATEFUL:
             options["eot"] = eot
         if name == "block":
-            options |= dict(block_size=block_size or self.net_cfg.block_size, layout=self.layout)
+            n = block_size or self.net_cfg.block_size
+            net = functools.partial(net, block_size=n)
+            options |= dict(block_size=n, layout=self.layout)
         net = guided(net, known, self.mask_id, guidance)
         return SAMPLERS[name](net, x, known, self.mask_id, generator, **options)
 
@@ -362,6 +417,7 @@ class Elbo(Masked):
 
 class Task(Masked):
     """All maskable tokens are masked, mean cross-entropy: a task's answer in one step."""
+    ordered = False
 
     def mask(self, maskable, t, u):
         return maskable, 1.0, maskable.sum()
@@ -375,7 +431,7 @@ class NextToken(Task):
 
     def logits(self, net, x, masked, lengths=None):
         """The mask stands for the start of the text, then come all tokens but the last."""
-        return net(F.pad(x[:, :-1], (1, 0), value=self.mask_id), lengths=lengths).logits
+        return read_on(net)(F.pad(x[:, :-1], (1, 0), value=self.mask_id), lengths=lengths).logits
 
     def bound(self, net, x, generator=None):
         """-log p(x) / T itself."""
@@ -395,10 +451,13 @@ class Blocks(Masked):
                              f"objective={self.cfg.objective} masks in each block: choose spans or "
                              "independent")
 
+    def block_length(self, x):
+        return min(x.shape[1], self.net_cfg.block_size)
+
     def levels(self, t, T):
         """t (B,) -> (B,T), a level for each block; a tenth of the blocks is fully masked, as all are when
         their denoising starts."""
-        n = self.net_cfg.block_size
+        n = self.block_length(t.new_empty(0, T))
         golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2
         u = ((t[:, None] + golden) % 1).float()            # well spread over a row's blocks, too
         t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3))
@@ -407,6 +466,8 @@ class Blocks(Masked):
     def mask(self, maskable, t, u):
         rate = SCHEDULES[self.cfg.schedule](self.levels(t, maskable.shape[1]))[0]
         masked = maskable & (self.policy(u, maskable) < rate)
+        if self.net_cfg.block_size == 1:                   # a token alone teaches nothing unless it is masked
+            masked = maskable
         return masked, 1.0, masked.sum()
 
     def logits(self, net, x, masked, lengths=None):
@@ -417,12 +478,15 @@ class Blocks(Masked):
         block.
         """
         (B, T), n = x.shape, self.net_cfg.block_size
+        if n >= T:
+            return net(mask_tokens(x, masked, self.mask_id), lengths=lengths, block_size=n).logits
         states = net(x, block_states=n).state
         noisy = F.pad(mask_tokens(x, masked, self.mask_id), (0, -T % n), value=self.mask_id).view(-1, n)
         lengths = None
         if T % n:
             lengths = torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
-        return net(noisy, state=states, lengths=lengths).logits.view(B, -(-T // n) * n, -1)[:, :T]
+        logits = net(noisy, state=states, lengths=lengths, block_size=n).logits
+        return logits.view(B, -(-T // n) * n, -1)[:, :T]
 
     def bound(self, net, x, generator):
         """The sum of the blocks' own bounds; with blocks of one token it is -log p(x) / T itself."""
@@ -441,6 +505,53 @@ class BlockElbo(Blocks):
 
     def mask(self, maskable, t, u):
         return Elbo.mask(self, maskable, self.levels(t, maskable.shape[1]), u)
+
+class Mixture(Blocks):
+    """One network for every mode: each row draws the size of its blocks, the whole row among them, and 1,
+    which is autoregressive (BlockGen, arXiv 2606.02241). With each it is trained, measured and sampled as
+    Blocks of that size or as NextToken."""
+    defaults, uses_all = Blocks.defaults | {"direction": "block"}, False
+
+    def __init__(self, cfg, net_cfg, steps=1):
+        super().__init__(cfg, net_cfg, steps)
+        sized = {n: replace(net_cfg, block_size=n or 10**7) for n in cfg.block_sizes}
+        self.parts = {n: (NextToken if n == 1 else Blocks)(cfg, mine, steps) for n, mine in sized.items()}
+
+    def noise(self, rows, draw, step):
+        t, u = draw.levels(), draw.uniform(rows.x.shape[1])
+        sizes = torch.tensor(self.cfg.block_sizes)         # in turn: so each has stratified levels, too
+        block = sizes[(torch.arange(draw.B)[draw.mine] + step) % len(sizes)]
+        masked = torch.zeros_like(rows.maskable)
+        for n, part in self.parts.items():
+            mine = block == n
+            masked[mine] = part.mask(rows.maskable[mine], t[mine], u[mine])[0]
+        return Batch(rows.x, masked, torch.ones(masked.shape), block=block), masked.sum()
+
+    def loss(self, net, batch, step=0):
+        nats = 0.0
+        for n, part in self.parts.items():
+            if len(mine := (batch.block == n).nonzero()[:, 0]):
+                nats += part.loss(net, Batch(*(None if z is None else z[mine] for z in batch)), step)
+        return nats
+
+    def evaluate(self, net, source, rows, generator, size):
+        """The bits of each block size, as those of objective=block; val_loss: their mean."""
+        losses, found = [], {}
+        for n, part in self.parts.items():
+            metrics, sample = part.evaluate(net, source, rows, generator, size)
+            losses.append(metrics["val_loss"])
+            found |= relabelled(metrics, f"block_{n or 'all'}")
+        return {"val_loss": sum(losses) / len(losses), **found}, sample
+
+    def fits(self, sampler):
+        return sampler == "ar" or super().fits(sampler)
+
+    def fill(self, net, x, known, generator, sampler="", block_size=0, **options):
+        """block: of block_size, 0 = the largest trained; confidence and others: the row as one block."""
+        name, n = sampler or self.sampler, block_size or max(self.cfg.block_sizes) or x.shape[1]
+        if name not in STATEFUL:
+            net = functools.partial(net, block_size=x.shape[1])
+        return super().fill(net, x, known, generator, name, block_size=n, **options)
 
 class B3D(Blocks):
     """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV,
@@ -745,6 +856,7 @@ class Coupled(Masked):
     the latent's MSE (mean over D)."""
     defaults = dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0)
     sources, terms, latents, uses_all = ("pairs",), ("text", "latent"), True, False
+    ordered = False
     modes = ("joint", "l2t", "t2l")
 
     def __init__(self, cfg, net_cfg, steps=1):
@@ -955,11 +1067,12 @@ def prediction_report(net, x, lengths, z, generator, cfg, n):
             "latent_rank": (nearer.median() / B).item()}
 
 OBJECTIVES = {"masked_mean": Masked, "elbo": Elbo, "task": Task, "ar": NextToken,
-              "block": Blocks, "block_elbo": BlockElbo, "b3d": B3D, "gaussian": Gaussian,
+              "block": Blocks, "block_elbo": BlockElbo, "b3d": B3D, "mixture": Mixture, "gaussian": Gaussian,
               "stage1_coupling": Coupled, "l2t": Coupled, "t2l": Coupled, "sequential": Coupled,
               "stage2_variational": Variational}
 CHOICES = {"schedule": SCHEDULES, "mask_policy": MASK_POLICIES, "objective": OBJECTIVES,
-           "beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
+           "likelihood": ("bound", "order"), "beta_schedule": BETA_SCHEDULES,
+           "prediction_type": PREDICTIONS, "diffusion_mode": MODES}
 
 # ---- samplers: (net, x (B,T), known (B,T), mask_id, generator, ...) -> x (B,T); known tokens stay ----
 
@@ -1104,11 +1217,16 @@ def prefix_state(net, x, lengths):
     there = lambda z: z * (lengths > 0).view(-1, *[1] * (z.dim() - 1)) if torch.is_tensor(z) else z
     return torch.utils._pytree.tree_map(there, state)
 
+def read_on(net):
+    """The network as one of next tokens: each sees what is before it, whatever the direction."""
+    return functools.partial(net, finished_text=True, block_size=1)
+
 def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None,
        **unused):
     """Token by token from left to right, for networks trained with objective=ar; the state is all that is
     carried."""
     x, state, last = mask_tokens(x, ~known, mask_id), None, x.new_full((x.shape[0], 1), mask_id)
+    net = read_on(net)
     ended = torch.zeros_like(known[:, :1])
     for i in range(x.shape[1]):
         out = net(last, state=state)

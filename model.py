@@ -836,7 +836,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None,
                 finished_text=False, block_states=None, block_size=None, x0_guess=None):
-        cfg, has_latent, n = self.cfg, None, min(block_states or block_size or self.cfg.block_size, x.shape[1])
+        cfg, has_latent = self.cfg, None
+        n = min(block_states or block_size or cfg.block_size, x.shape[1])
         finished_text = finished_text or block_states is not None
         time = self.embed_time(x, t, latent_t, lengths, n)                       # (B,1,C) or (B,T,C) or None
         x = self.embed(x, time, x0_guess)                                        # (B,T,C)

@@ -15,7 +15,8 @@ SMALL = ModelConfig(n_layer=3, n_embd=64, head_size=32, vocab_size=50, block_siz
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(direction="bidirectional"), dict(direction="block", fusion="gate"),
-                                     dict(direction="bidirectional", fusion="concat"), dict(mixer="attention"), dict(mixer="attention,rwkv7")])
+                                     dict(direction="bidirectional", fusion="concat"), dict(mixer="attention"), dict(mixer="attention,rwkv7"),
+                                     dict(direction="alternate"), dict(direction="alternate_block")])
 def test_flops_by_formula_equal_a_counted_run(changes):
     if wkv_cuda.build("cpp"):
         pytest.skip("the count runs the C++ kernel")
@@ -87,7 +88,7 @@ def test_a_quick_run_replaces_no_measured_figures(run, tmp_path):
     assert (tmp_path / "bench/flops.json").read_text() == "{}"
     if not done.returncode:
         rows = json.loads((tmp_path / "bench/flops.quick.json").read_text())["rows"]
-        assert rows.keys() == {"causal", "block 32", "block 64", "block 128", "bidirectional", "attention baseline"}
+        assert rows.keys() == {"causal", "block 32", "block 64", "block 128", "alternate", "bidirectional", "attention baseline"}
         assert all(row["off"] < 0.01 for row in rows.values())
 
 
@@ -97,7 +98,7 @@ LIBRARIES = []      # kept to the end: torch.export still asks for operators who
 def test_official_kernels_are_called_as_they_are_declared(tmp_path, monkeypatch):
     """Against stand-ins with the signatures of RWKV-LM's .cpp files, which compute what wkv7 defines; a file that is missing is named."""
     with pytest.raises(ValueError, match="rwkv7_clampw.cu"):
-        bench.official_kernels(str(tmp_path))
+        bench.from_file("gpu").official_kernels(str(tmp_path))
     folder = tmp_path / "RWKV-v7" / "train_temp" / "cuda"
     folder.mkdir(parents=True)
 
@@ -128,7 +129,7 @@ def test_official_kernels_are_called_as_they_are_declared(tmp_path, monkeypatch)
     for name in ("rwkv7_clampw.cu", "rwkv7_clampw.cpp", "rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp"):
         (folder / name).touch()
     x = bench.recurrence_inputs(2, 32, 3, 64, torch.bfloat16, "cpu")
-    for f in bench.official_kernels(str(tmp_path)).values():
+    for f in bench.from_file("gpu").official_kernels(str(tmp_path)).values():
         y, want = f(*x), official(*(z.float() for z in x))
         assert torch.allclose(y.float(), want, rtol=2e-2, atol=2e-2)
         dy = torch.randn_like(y)

@@ -406,12 +406,12 @@ def test_compile_turns_itself_off(run):
 def test_nothing_is_measured_of_kernels_that_are_wrong(cuda, monkeypatch, capsys):
     monkeypatch.setattr(bench, "quick", True)
     monkeypatch.setattr(wkv_cuda, "HEAD_SIZES", (64,))
-    rows = bench.gpu_parity({}, "cpu")
+    rows = bench.from_file("gpu").parity({}, "cpu")
     assert len(rows) == 7 and max(rows["wkv7 N=64 bfloat16"].values()) > 1e-4 > max(rows["wkv7 N=64 float32"].values()) > 0
     cuda.emulator_skip(barriers("wkv7.cu")[0].encode())
     cuda.emulator_order(1)
     with pytest.raises(ValueError, match="wrong on this GPU.*wkv7 N=64 float32"):
-        bench.gpu_parity({}, "cpu")
+        bench.from_file("gpu").parity({}, "cpu")
 
 
 def test_the_suite_needs_a_gpu(run):

@@ -1,10 +1,12 @@
 """Schedules, objectives, the bound and the sampler against hand-computed and exhaustive cases."""
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import data
 import diffusion
 from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, DiffusionConfig, Logits, draw, guided, mask_tokens, stratified
 from model import Denoiser, ModelConfig
@@ -233,6 +235,25 @@ def test_probabilities_of_all_strings_sum_to_1(name, changes, n):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rule", diffusion.ORDERS)
+@pytest.mark.parametrize("name,changes,n", [("masked_mean", dict(direction="bidirectional"), 4), ("elbo", dict(direction="alternate"), 4),
+                                            ("masked_mean", dict(mixer="attention"), 4), ("block", dict(direction="block"), 2),
+                                            ("block", dict(direction="alternate_block", ffn_shift="wide"), 3), ("b3d", {}, 2)])
+def test_probabilities_in_any_fixed_order_sum_to_1(name, changes, n, rule):
+    """The random order must be the same for all strings, as it is for a row that is sampled."""
+    net, form = network(n, **changes), objective(name, n)
+    nll = torch.cat([form.in_order(net, x[None], rule, SEED(7)) for x in STRINGS]) * 4
+    assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    if name != "block":                                                # and left to right it is the chain rule, written out
+        first, masked = 0.0, torch.ones(81, 4, dtype=torch.bool)
+        for i in range(4):
+            logits = form.logits(net, STRINGS, masked)[:, i].log_softmax(-1)
+            first, masked[:, i] = first - logits.gather(1, STRINGS[:, i:i + 1])[:, 0], False
+        if name != "b3d" and rule == "left_to_right":
+            assert torch.allclose(nll, first.double(), atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name,n", [("elbo", 4), ("block", 2), ("block", 3), ("block", 4)])
 def test_bounds_on_a_source_of_known_entropy(name, n):
     """The estimator against all masks, for an untrained network: the mean within 3 standard errors, and above the entropy."""
@@ -291,6 +312,31 @@ def test_block_loss_reaches_every_parameter_and_no_later_block(name):
                    != objective("block").logits(net, x, masked | (torch.arange(12) == at))).any(-1).any(0)
         assert not changed[:(at // 4 + 1) * 4].any() and changed[(at // 4 + 1) * 4:].all()
     assert torch.isfinite(before).all()
+
+
+@pytest.mark.parametrize("changes", [BLOCKWISE["two-way, dw_jrt"], BLOCKWISE["alternate, wide"], BLOCKWISE["attention"]])
+def test_a_mixture_is_its_specialists(changes):
+    """Rows take block sizes in turn; loss, bound and samples of each are those of objective=block with that size."""
+    net, mixture = network(2, **changes), objective("mixture", 2, block_sizes=(1, 3, 0))
+    x, T = torch.randint(3, (9, 7), generator=SEED(3)), 7
+    batch, total = mixture.noise(data.Rows(x, x >= 0), diffusion.Draw(SEED(1), 12, 3, 12, T), step=1)
+    assert batch.block.tolist() == [3, 0, 1] * 3 and total == batch.masked.sum() and batch.masked[2::3].all()
+    assert not batch.masked[:2].all() and batch.masked.any(1).all()
+    alone = {1: objective("ar"), 3: objective("block", 3), 0: objective("block", T)}
+    parts = [alone[n].loss(net, diffusion.Batch(*(None if z is None else z[i:i + 1] for z in batch))) for i, n in enumerate(batch.block.tolist())]
+    assert torch.allclose(mixture.loss(net, batch), sum(parts), rtol=1e-5)
+    halves = [mixture.loss(net, diffusion.Batch(*part)) for part in diffusion.split(4, *batch)]
+    assert torch.allclose(sum(halves), mixture.loss(net, batch), rtol=1e-5)
+    known, options = torch.rand(9, 7, generator=SEED(4)) < 0.3, dict(temperature=1.0)
+    with torch.no_grad():
+        for n in (1, 3, 0):
+            assert torch.allclose(mixture.parts[n].bound(net, x, SEED(2)), alone[n].bound(net, x, SEED(2)), atol=1e-5)
+        for asked, one in (("ar", {}), ("block", dict(block_size=3)), ("confidence", {})):
+            y = mixture.fill(net, x, known, SEED(5), asked, **options)
+            sized = Denoiser(replace(net.cfg, block_size=one.get("block_size", T))).eval()
+            sized.load_state_dict(net.state_dict())
+            assert torch.equal(y, SAMPLERS[asked](sized, x, known, 3, SEED(5), **one, **options)), asked
+            assert (y[known] == x[known]).all() and (y < 3).all()
 
 
 @torch.no_grad()

@@ -1,0 +1,104 @@
+"""python bench.py --suite=gaussian: Gaussian diffusion, one part changed at a time; masked diffusion."""
+import functools
+import statistics
+from dataclasses import replace
+
+import torch
+
+import bench
+import data
+import diffusion
+import model as nets
+from bench import (BASELINE, Run, alternated, attention_baseline, bigram_kl, chosen, directions,
+                   plot, quality, read_log, reopened, step_ms, table, table_of_ms)
+
+@torch.no_grad()
+def sampled(folder, rows, length, sampler, steps):
+    """`rows` unconditional samples of a run -> ids (rows,length)."""
+    net, cfg = reopened(folder)
+    x, draws = torch.full((rows, length), net.mask_id), data.generator(1, 0, 3)
+    options = {"cfg": cfg} if sampler in diffusion.GAUSSIAN_STEPS else {}
+    return diffusion.SAMPLERS[sampler](net, x, x != net.mask_id, net.mask_id, draws, steps=steps, **options)
+
+def gaussian_runs():
+    """The whole runs, and those of 200 steps with one part changed: two dicts {name: options}."""
+    gaussian = "config/gaussian.py"
+    seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
+    # as many parameters and as much time as the 1000 steps of config/gaussian.py
+    whole = seeds | {"masked": "config/shakespeare.py --ffn_shift=both --max_iters=1400"}
+    changes = {"mixed, x0, cosine": "",
+               "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
+               "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
+               "linear": "--beta_schedule=linear", "sigmoid": "--beta_schedule=sigmoid",
+               "a prefix is given": "--mask_policy=suffix --drop_given=0", "all is noised": "--drop_given=1",
+               "curriculum": "config/gaussian_curriculum.py", "embeddings thaw": "config/gaussian_thaw.py",
+               "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
+               "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
+               "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
+    short = f"{gaussian} --max_iters=200 --eval_interval=40"
+    return whole, {name: f"{short} {change}" for name, change in changes.items()}
+
+def suite():
+    """What rounds rightly by noise level, and how far samples' bigrams are from those of held-out text."""
+    rows, length = 4 if bench.quick else 64, 128
+    source = data.TextSource(bench.data_path, length, "char")
+    held_out = source.eval_rows(len(source.val) // length)[0]
+    whole, parts = gaussian_runs()
+    metrics = {name: name for name in ("bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0)))}
+    more = [f"--data_path={bench.data_path}"]
+    if bench.quick:
+        more += ["--batch_size=4", "--eval_iters=1", "--max_iters=10"]
+    runs = {name: Run(options.split() + more, metrics) for name, options in (whole | parts).items()}
+    names = ["gaussian, seed 1337", "masked", "mse alone"] if bench.quick else chosen(runs)
+
+    def measure(name, folder):
+        evals = read_log(folder, "eval")
+        found = {"minutes": statistics.mean(step_ms(folder)) * evals[-1]["step"] / 6e4}
+        if name == "masked":
+            rules = {"topk": ("topk", 50), "first_hitting": ("first_hitting", 0)}
+        else:
+            counts = (10, 20, 50, 100, 200) if name == "gaussian, seed 1337" else (50,)
+            rules = {f"{n} steps": ("ddim", n) for n in counts} | {"ddpm": ("ddpm", 50)}
+            found["curve"] = [(row["step"], row["round_acc_0.5"]) for row in evals]
+            found["alarms"] = sum("alarm" in row for row in evals[1:])
+        for key, rule in rules.items():
+            found[f"kl, {key}"] = bigram_kl(sampled(folder, rows, length, *rule), held_out)
+        return found
+    found = quality("gaussian", runs, measure, names)
+    own = bigram_kl(source.train_rows(0, rows, 0, rows, 1)[0], held_out)
+    gaussian_tables(found, whole, parts, f"{rows} samples' bigrams from held-out text's, nats "
+                                         f"({rows} rows of training text: {own:.3f})")
+    speed = denoising_ms()
+    table_of_ms("50 denoising steps at N = 512, batch 1, ms per step", speed)
+    return {"runs": found, "speed": speed}
+
+def gaussian_tables(found, whole, parts, divergence):
+    same = {"kl, topk": "kl, 50 steps", "kl, first_hitting": "kl, ddpm"}     # they share a column
+    rows = {name: {same.get(key, key): value for key, value in run.items()} for name, run in found.items()}
+    titles = {f"whole runs; divergence of {divergence}": whole, "200 steps each, one part changed": parts}
+    for title, names in titles.items():
+        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | "
+              "divergence, ddim or topk | ddpm or one by one | alarms",
+              "{parameters:.2M} | {minutes:.1f} | {0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
+              "{0[round_acc_1.0]:.3f} | {kl, 50 steps:.3f} | {kl, ddpm:.3f} | {alarms}",
+              {name: run for name, run in rows.items() if name in names})
+    first = found.get("gaussian, seed 1337", {})
+    table("divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
+          {key[4:-6]: {"kl": kl} for key, kl in first.items() if key.endswith("steps")})
+    curves = {name: zip(*found[name]["curve"]) for name in parts if name in found}
+    if curves:
+        plot("gaussian", "tokens that round rightly at t = 0.5", curves)
+
+@torch.no_grad()
+def denoising_ms():
+    """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers."""
+    base = replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
+    biwkv, attention = replace(base, mixer="biwkv"), attention_baseline(base)
+    configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, BASELINE: attention}
+    options = dict(cfg=diffusion.DiffusionConfig(), steps=5 if bench.quick else 50)
+    x = torch.full((1, 512), 256)
+
+    def job(net):
+        diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), **options)
+    jobs = {name: functools.partial(job, nets.Denoiser(cfg).eval()) for name, cfg in configs.items()}
+    return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
