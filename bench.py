@@ -515,8 +515,9 @@ def flops_per_token(cfg, T):
     (S a, the decay, two outer products, S r), 4 C T for attention over T keys; elementwise work, norms and
     the embedding are left out."""
     C, mixers = cfg.n_embd, nets.pattern(cfg)
-    total = 2 * C * cfg.vocab_size + len(mixers) * 4 * C * (cfg.dim_ffn or 4 * C)
-    for layer, mixer in enumerate(mixers):
+    total = 2 * C * cfg.vocab_size + len(nets.order(cfg)) * 4 * C * (cfg.dim_ffn or 4 * C)
+    for layer in nets.order(cfg):
+        mixer = mixers[layer]
         if mixer == "rwkv7":
             ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size

@@ -21,7 +21,8 @@ class DiffusionConfig:
     objective: str = ""             # how it is trained; empty = task for a task, masked_mean for text
     schedule: str = "linear"        # masks: masking rate m(t)
     mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training
-    block_sizes: tuple = (1, 4, 16, 0)  # [0, 1e7] mixture: each row draws its blocks' size; 0 = the whole row
+    block_sizes: tuple = (4, 16, 0, 0)  # [0, 1e7] mixture: each row draws its blocks' size; 0 = the whole row
+    next_weight: float = 0.0        # [0, 1e6] block, mixture: of next tokens' loss, where clean text is read
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
     noise_shift: float = 6.0        # (0, 1e6] gaussian: factor on the noise's amplitude against the signal's
@@ -216,6 +217,7 @@ class Objective:
     latents = False          # does it learn texts together with latents?
     causal = False           # is it for networks that see only what is before?
     uses_all = True          # does every step use every parameter? (DistributedDataParallel must know)
+    soft = False             # can it use a network that takes an estimate from before (self_cond)?
     ordered = False          # can its likelihood be taken in an order of unmasking?
     eval_batches = math.inf  # at most so many batches of text are evaluated
 
@@ -250,6 +252,8 @@ class Objective:
         if self.gaussian != net.gaussian:
             raise ValueError(f"objective={name} needs a network with gaussian={int(self.gaussian)}: leave "
                              "gaussian out, or start with --init_from=scratch")
+        if net.self_cond and not self.soft:
+            raise ValueError(f"self_cond=1 is not for objective={name}: leave self_cond out")
         if self.cfg.likelihood == "order" and not self.ordered:
             raise ValueError(f"likelihood=order is for masked text, objective={name} unmasks nothing step by "
                              "step: leave likelihood out")
@@ -323,7 +327,7 @@ class Objective:
 class Masked(Objective):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
     layout = "block"         # how its samplers lay out a block, see `block`
-    ordered = True
+    ordered = soft = True
 
     def noise(self, rows, draw, step):
         t, u = draw.levels(), draw.uniform(rows.x.shape[1])
@@ -336,13 +340,21 @@ class Masked(Objective):
         masked = maskable & (self.policy(u, maskable) < SCHEDULES[self.cfg.schedule](t)[0][:, None])
         return masked, 1.0, masked.sum()
 
-    def logits(self, net, x, masked, lengths=None):
+    def logits(self, net, x, masked, lengths=None, soft=True):
         """-> (B,T,V), what each masked token is predicted with: the whole row is seen."""
-        return net(mask_tokens(x, masked, self.mask_id), lengths=lengths).logits
+        return self.predict(net, mask_tokens(x, masked, self.mask_id), soft, lengths=lengths).logits
+
+    def predict(self, net, x, soft=True, **options):
+        """-> the Output for x (B,T). A network with soft masks sees in them what a first pass predicts."""
+        if soft and self.net_cfg.self_cond:
+            with torch.no_grad():
+                options["x0_guess"] = net(x, **options).logits
+        return net(x, **options)
 
     def loss(self, net, batch, step=0):
         """The sum over the masked tokens of weight * cross-entropy, nats."""
-        logits = self.logits(net, batch.x, batch.masked, batch.lengths)
+        soft = step % 2                                    # it must know plain masks, too
+        logits = self.logits(net, batch.x, batch.masked, batch.lengths, soft)
         nats = F.cross_entropy(logits[batch.masked], batch.x[batch.masked], reduction="none")
         return (nats * batch.weight[batch.masked]).sum()
 
@@ -405,6 +417,7 @@ class Masked(Objective):
             n = block_size or self.net_cfg.block_size
             net = functools.partial(net, block_size=n)
             options |= dict(block_size=n, layout=self.layout)
+        options["soft"] = self.soft and self.net_cfg.self_cond and guidance == 1
         net = guided(net, known, self.mask_id, guidance)
         return SAMPLERS[name](net, x, known, self.mask_id, generator, **options)
 
@@ -424,12 +437,12 @@ class Task(Masked):
 
 class NextToken(Task):
     """Autoregressive: each token from those before it, for causal networks. Its bound is exact."""
-    sources, sampler, causal = ("text",), "ar", True
+    sources, sampler, causal, soft = ("text",), "ar", True, False
 
     def fits(self, sampler):
         return sampler == "ar"
 
-    def logits(self, net, x, masked, lengths=None):
+    def logits(self, net, x, masked, lengths=None, soft=False):
         """The mask stands for the start of the text, then come all tokens but the last."""
         return read_on(net)(F.pad(x[:, :-1], (1, 0), value=self.mask_id), lengths=lengths).logits
 
@@ -441,8 +454,9 @@ class Blocks(Masked):
     """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean
     cross-entropy: the bound's weights 1 / t let single tokens rule a step's gradient, and what is trained so
     has the worse bound."""
-    sources, sampler = ("text",), "block"
-    defaults = {"dw_jrt_inject": "gate"}       # the form of DW-JRT that keeps the state which crosses blocks
+    sources, sampler, terms = ("text",), "block", ("masked", "next")
+    defaults = {"dw_jrt_inject": "gate",       # the form of DW-JRT that keeps the state which crosses blocks
+                "next_weight": 0.5}
 
     def check(self, direction):
         super().check(direction)
@@ -470,23 +484,52 @@ class Blocks(Masked):
             masked = maskable
         return masked, 1.0, masked.sum()
 
-    def logits(self, net, x, masked, lengths=None):
+    def logits(self, net, x, masked, lengths=None, soft=True):
         """Every block given the clean blocks before it. Rows must be full.
 
         One clean pass gives the state at each block's start; all noisy blocks then go on from there at once,
         as B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by
         block.
         """
-        (B, T), n = x.shape, self.net_cfg.block_size
+        return self.passes(net, x, masked, soft)[0]
+
+    def passes(self, net, x, masked, soft=True):
+        """-> logits (B,T,V), and the Output of the clean pass, None where the row is one block."""
+        (B, T), n, lengths = x.shape, self.net_cfg.block_size, None
+        noisy = mask_tokens(x, masked, self.mask_id)
         if n >= T:
-            return net(mask_tokens(x, masked, self.mask_id), lengths=lengths, block_size=n).logits
-        states = net(x, block_states=n).state
-        noisy = F.pad(mask_tokens(x, masked, self.mask_id), (0, -T % n), value=self.mask_id).view(-1, n)
-        lengths = None
+            return self.predict(net, noisy, soft, block_size=n).logits, None
+        clean = net(x, block_states=n)
+        noisy = F.pad(noisy, (0, -T % n), value=self.mask_id).view(-1, n)
         if T % n:
             lengths = torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
-        logits = net(noisy, state=states, lengths=lengths, block_size=n).logits
-        return logits.view(B, -(-T // n) * n, -1)[:, :T]
+        logits = self.predict(net, noisy, soft, state=clean.state, lengths=lengths, block_size=n).logits
+        return logits.view(B, -(-T // n) * n, -1)[:, :T], clean
+
+    def noise(self, rows, draw, step):
+        batch, total = super().noise(rows, draw, step)
+        return batch, torch.stack([total, self.followers(rows.x)])
+
+    def followers(self, x):
+        """How many tokens of x (B,T) are predicted from the one before."""
+        return torch.tensor(len(x) * (x.shape[1] - 1) * (self.cfg.next_weight > 0))
+
+    def loss(self, net, batch, step=0):
+        x, masked = batch.x, batch.masked
+        logits, clean = self.passes(net, x, masked, soft=step % 2)
+        nats = F.cross_entropy(logits[masked], x[masked], reduction="none")
+        return torch.stack([(nats * batch.weight[masked]).sum(), self.next_nats(net, x, clean)])
+
+    def next_nats(self, net, x, clean=None):
+        """next_weight times the sum of the cross-entropies of x (B,T) without its first column, each token
+        predicted where the one before it is read: two-way RWKV-7 has these predictions from its clean pass.
+        """
+        if not self.cfg.next_weight:
+            return x.new_zeros((), dtype=torch.float32)
+        if clean is None or not net.reads_causally:
+            clean = read_on(net)(x)
+        nats = F.cross_entropy(clean.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
+        return self.cfg.next_weight * nats
 
     def bound(self, net, x, generator):
         """The sum of the blocks' own bounds; with blocks of one token it is -log p(x) / T itself."""
@@ -502,19 +545,20 @@ class Blocks(Masked):
 
 class BlockElbo(Blocks):
     """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8)."""
+    defaults = {"dw_jrt_inject": "gate"}
 
     def mask(self, maskable, t, u):
         return Elbo.mask(self, maskable, self.levels(t, maskable.shape[1]), u)
 
 class Mixture(Blocks):
-    """One network for every mode: each row draws the size of its blocks, the whole row among them, and 1,
-    which is autoregressive (BlockGen, arXiv 2606.02241). With each it is trained, measured and sampled as
-    Blocks of that size or as NextToken."""
-    defaults, uses_all = Blocks.defaults | {"direction": "block"}, False
+    """One network for every mode: each row draws the size of its blocks, which may be the whole row
+    (BlockGen, arXiv 2606.02241), and every row also learns the next token, as a clean text (next_weight).
+    With each size it is measured and sampled as Blocks of that size, with size 1 as NextToken."""
+    defaults, uses_all = Blocks.defaults | {"direction": "block", "next_weight": 1.0}, False
 
     def __init__(self, cfg, net_cfg, steps=1):
         super().__init__(cfg, net_cfg, steps)
-        sized = {n: replace(net_cfg, block_size=n or 10**7) for n in cfg.block_sizes}
+        sized = {n: replace(net_cfg, block_size=n or 10**7) for n in (1, *cfg.block_sizes)}
         self.parts = {n: (NextToken if n == 1 else Blocks)(cfg, mine, steps) for n, mine in sized.items()}
 
     def noise(self, rows, draw, step):
@@ -522,17 +566,22 @@ class Mixture(Blocks):
         sizes = torch.tensor(self.cfg.block_sizes)         # in turn: so each has stratified levels, too
         block = sizes[(torch.arange(draw.B)[draw.mine] + step) % len(sizes)]
         masked = torch.zeros_like(rows.maskable)
-        for n, part in self.parts.items():
+        for n in set(self.cfg.block_sizes) - {1}:
             mine = block == n
-            masked[mine] = part.mask(rows.maskable[mine], t[mine], u[mine])[0]
-        return Batch(rows.x, masked, torch.ones(masked.shape), block=block), masked.sum()
+            masked[mine] = self.parts[n].mask(rows.maskable[mine], t[mine], u[mine])[0]
+        batch = Batch(rows.x, masked, torch.ones(masked.shape), block=block)
+        return batch, torch.stack([masked.sum(), self.followers(rows.x)])
 
     def loss(self, net, batch, step=0):
-        nats = 0.0
+        terms = batch.x.new_zeros(2, dtype=torch.float32)
         for n, part in self.parts.items():
-            if len(mine := (batch.block == n).nonzero()[:, 0]):
-                nats += part.loss(net, Batch(*(None if z is None else z[mine] for z in batch)), step)
-        return nats
+            mine = (batch.block == n).nonzero()[:, 0]
+            rows = Batch(*(None if z is None else z[mine] for z in batch))
+            if n == 1 and len(mine):
+                terms = terms + torch.stack([terms[0] * 0, self.next_nats(net, rows.x)])
+            elif len(mine):
+                terms = terms + part.loss(net, rows, step)
+        return terms
 
     def evaluate(self, net, source, rows, generator, size):
         """The bits of each block size, as those of objective=block; val_loss: their mean."""
@@ -557,9 +606,10 @@ class B3D(Blocks):
     """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV,
     arXiv 2605.25969); here the state that a block starts from has seen the masked copies before it as well.
     For causal networks."""
-    causal, defaults, layout = True, {}, "b3d"
+    causal, defaults, layout, terms, soft = True, {}, "b3d", (), False
+    noise, loss = Masked.noise, Masked.loss
 
-    def logits(self, net, x, masked, lengths=None):
+    def logits(self, net, x, masked, lengths=None, soft=False):
         (B, T), n = x.shape, self.net_cfg.block_size
         blocks = lambda z: F.pad(z, (0, -T % n), value=self.mask_id).view(B, -1, n)
         noisy = blocks(mask_tokens(x, masked, self.mask_id))
@@ -666,7 +716,7 @@ class Gaussian(Objective):
     """
     defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
     sources, modes, sampler, latent_sampler = ("text", "task", "pairs"), ("l2t",), "ddim", "ddim"
-    gaussian, uses_all, eval_batches = True, False, 1
+    gaussian, uses_all, eval_batches, soft = True, False, 1, True
 
     def fits(self, sampler):
         return sampler in GAUSSIAN_STEPS
@@ -856,7 +906,7 @@ class Coupled(Masked):
     the latent's MSE (mean over D)."""
     defaults = dict(direction="bidirectional", time_cond="film", time_inputs=2, grad_clip=1.0)
     sources, terms, latents, uses_all = ("pairs",), ("text", "latent"), True, False
-    ordered = False
+    ordered = soft = False
     modes = ("joint", "l2t", "t2l")
 
     def __init__(self, cfg, net_cfg, steps=1):
@@ -1124,20 +1174,23 @@ def check_guidance(guidance, cfg):
                          "dropped (drop_given > 0): leave guidance at 1")
 
 def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, temperature=1.0, top_k=0,
-           top_p=1.0, watch=None, **unused):
+           top_p=1.0, soft=False, watch=None, **unused):
     """The loop of all samplers of whole sequences: draw every masked token, keep what `rule` picks, until
     none is masked.
 
     rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T)
     bool, what to keep; pace: tokens that a row must decide in this call to be done in `steps` calls (0: one
-    per token); left: calls to go, this one included. watch(x, fresh) is called after every step, fresh (B,T)
+    per token); left: calls to go, this one included. soft: each call sees in the masks what the one before
+    predicted. watch(x, fresh) is called after every step, fresh (B,T)
     the tokens just decided.
     """
     x, masked = mask_tokens(x, ~known, mask_id), ~known
     first = masked.sum(1)
-    calls, call = steps or int(first.max()), 0
+    calls, call, before = steps or int(first.max()), 0, {}
     while masked.any():
-        token, sure = draw(net(x).logits, temperature, top_k, top_p, generator)
+        logits = net(x, **before).logits
+        token, sure = draw(logits, temperature, top_k, top_p, generator)
+        before = {"x0_guess": logits} if soft else {}
         after = first + (-first * (call + 1)).div(calls, rounding_mode="floor")    # may still be masked then
         pace = (masked.sum(1) - after.clamp_min(0)).clamp_min(1)
         fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
@@ -1203,10 +1256,10 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
 
 def from_state(net, state, lengths, n, layout):
     """The network on blocks of n that go on from a state."""
-    def call(z):
+    def call(z, **options):
         if layout == "b3d":
             return Logits(net(torch.cat([z, z], 1), state=state).logits[:, n:])
-        return net(z, state=state, lengths=lengths)
+        return net(z, state=state, lengths=lengths, **options)
     return call
 
 def prefix_state(net, x, lengths):

@@ -22,6 +22,7 @@ from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv
 @dataclass
 class ModelConfig:
     n_layer: int = 4                # [1, 10000] L, blocks
+    loops: int = 1                  # [1, 1000] how often all layers but the first and the last are passed
     n_embd: int = 128               # [16, 1e6] C, channels
     head_size: int = 32             # [16, 128] N, 16 | 32 | 64 | 128
     vocab_size: int = 0             # [0, 1e7] V, real tokens (the mask is one row more); 0 = as in the data
@@ -35,7 +36,7 @@ class ModelConfig:
     time_dim: int = 128             # [2, 65536] width of its sinusoidal embedding
     time_inputs: int = 1            # [1, 2] noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
-    self_cond: bool = False         # gaussian: also takes an estimate of x_0 from before
+    self_cond: bool = False         # takes an estimate of x_0 from before, too; without gaussian: soft masks
     predict: str = "same"           # a token is predicted at its own place, or (next) at the one before it
     latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = as in the data, if it has latents
     latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens that a latent enters as
@@ -77,7 +78,7 @@ class Output(NamedTuple):
     hidden: Tensor             # (B,T,C), after the last norm
     latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
     vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
-    state: list                # a LayerState per layer, after the last token
+    state: list                # a LayerState for each pass through a layer, after the last token
 
 @dataclass(frozen=True)
 class Sequence:
@@ -85,6 +86,7 @@ class Sequence:
     B: int
     T: int
     back_block: int               # the backward scan stays inside such blocks; 0 = there is none
+    ahead: int                    # a shift to both sides stays inside such blocks
     seen_block: int               # attention: a token sees its own block and those before; 1 = causal
     seeded: bool                  # DW-JRT: do layers hand on their final states?
     pieces: int                   # ... of so many parts of the sequence, each seeded by its own
@@ -117,7 +119,8 @@ class Sequence:
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
         seen = 1 if sees == "causal" else seen
-        return cls(B, T, block, seen, seeded, pieces, finished_text, block_states, time, valid,
+        ahead = 1 if finished_text and not way(cfg).alternate else block
+        return cls(B, T, block, ahead, seen, seeded, pieces, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
     def last(self, x, before):
@@ -133,7 +136,7 @@ class Sequence:
 
     def shift_both(self, x, last, mix, reach):
         """shift_mix of x (B,T,C) with tokens on both sides; after a token only those of its block."""
-        x, n = self.unpadded(x), self.back_block
+        x, n = self.unpadded(x), self.ahead
         if n < self.T:                                 # each block in a row of its own
             x, last = reverse_blocks(x, n).flip(1), before_blocks(x, last, n)
         y, = shift_mix(x, last, mix, reach)
@@ -574,6 +577,12 @@ def pattern(cfg):
     names = cfg.mixer.split(",")
     return [names[i % len(names)] for i in range(cfg.n_layer)]
 
+def order(cfg):
+    """The layers in the order in which they are passed: those between the first and the last cfg.loops times.
+    """
+    first, *others = range(cfg.n_layer)
+    return [first, *others[:-1] * cfg.loops, *others[-1:]]
+
 class Direction(NamedTuple):
     sees: str                # a token sees: causal, those before; block, also its block's; bidirectional, all
     alternate: bool = False  # RWKV-7: one scan a layer, forward and backward in turn, in place of two
@@ -658,8 +667,8 @@ class TextLatentEncoder(nn.Module):
         super().__init__()
         C, self.query, width = cfg.n_embd, None, cfg.n_embd
         if cfg.latent_encoder == "rwkv_pool":
-            self.layers = [i for i, name in enumerate(pattern(cfg))
-                           if name == "rwkv7" and not scans_back(cfg, i)]
+            self.layers = [at for at, i in enumerate(order(cfg))
+                           if pattern(cfg)[i] == "rwkv7" and not scans_back(cfg, i)]
             self.query = nn.Parameter(torch.randn(len(self.layers), C // cfg.head_size, cfg.head_size))
             width = C * len(self.layers)
         self.ln, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 2 * C), nn.GELU())
@@ -783,7 +792,8 @@ class Denoiser(nn.Module):
     on from the finished text before it. All at once, this is what going on block by block from a carried
     state gives.
     block_size: tokens in a block in this pass, where there are blocks; None: cfg.block_size.
-    x0_guess: (B,T,C), where cfg.self_cond: an estimate of the clean embeddings, None for none.
+    x0_guess: where cfg.self_cond, an estimate of the clean embeddings (B,T,C), without cfg.gaussian logits
+    (B,T,V) of the clean tokens; None for none.
     """
 
     def __init__(self, cfg):
@@ -798,12 +808,16 @@ class Denoiser(nn.Module):
         if cfg.gaussian:
             self.enter = nn.Linear((1 + cfg.self_cond) * cfg.n_embd, cfg.n_embd, bias=False)
             self.vector = nn.Linear(cfg.n_embd, cfg.n_embd)
+        elif cfg.self_cond:
+            self.soft_mask = nn.Parameter(torch.tensor([0.3, 2.0, 1.5]))
         if cfg.latent_dim:
             self.latent_prefix, self.latent_head = LatentPrefix(cfg), LatentHead(cfg)
             self.latent_encoder = self.latent_prior = None
             if cfg.latent_encoder != "none":
                 self.latent_encoder, self.latent_prior = TextLatentEncoder(cfg), LatentPrior(cfg)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.order = order(cfg)
+        self.reads_causally = scans_below(cfg, cfg.n_layer) == cfg.n_layer and not way(cfg).alternate
         self.ln_out = norm(cfg)
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -851,8 +865,8 @@ class Denoiser(nn.Module):
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
         seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
-        for i, block in enumerate(self.blocks):
-            x, s, carry = block(x, None if state is None else state[i], seq, carry)
+        for at, i in enumerate(self.order):
+            x, s, carry = self.blocks[i](x, None if state is None else state[at], seq, carry)
             states.append(s)
         return self.heads(self.ln_out(x), lengths, has_latent, states)
 
@@ -874,10 +888,24 @@ class Denoiser(nn.Module):
     def embed(self, x, time, x0_guess):
         """Ids (B,T) or embeddings (B,T,C) -> (B,T,C)."""
         if not x.is_floating_point():
-            return self.emb(x)
+            return self.emb(x) if x0_guess is None else self.soften(x, x0_guess)
         if self.cfg.self_cond:
             x = torch.cat([x, torch.zeros_like(x) if x0_guess is None else x0_guess], -1)
         return self.enter(x) + time if self.cfg.gaussian else x
+
+    def soften(self, x, logits):
+        """Soft masks (arXiv 2510.17206): ids (B,T), logits (B,T,V) of an earlier pass -> (B,T,C), where for a
+        mask stands a mix of its embedding and that of the three likeliest tokens, the surer the less mask.
+
+            (1 - l) e_mask + l sum_3 p e,   l = s sigmoid(k (c - H)), H the entropy in nats; s, k, c learned
+        """
+        s, k, c = self.soft_mask
+        logp = logits.log_softmax(-1)
+        p, likely = logp.exp().topk(min(3, logits.shape[-1]))
+        entropy = -(logp.exp() * logp).sum(-1)
+        share = (s * torch.sigmoid(k * (c - entropy)) * (x == self.mask_id)).unsqueeze(-1)
+        guess = (self.emb(likely) * (p / p.sum(-1, keepdim=True)).unsqueeze(-1)).sum(-2)
+        return torch.lerp(self.emb(x), guess, share)
 
     def add_prefix(self, latent, x, time, lengths):
         """The latents' P tokens before the text, with its mean noise level -> x (B,P+T,C), time, lengths."""

@@ -216,7 +216,8 @@ BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "t
              "attention, no shift": dict(mixer="attention", direction="bidirectional", ffn_shift="none"),
              "hybrid": dict(mixer="attention,rwkv7", direction="block"), "wide": dict(direction="block", ffn_shift="wide"),
              "two-way, wide": dict(direction="bidirectional", ffn_shift="wide"), "alternate, two-way": dict(direction="alternate"),
-             "alternate": dict(direction="alternate_block"), "alternate, wide": dict(direction="alternate_block", ffn_shift="wide")}
+             "alternate": dict(direction="alternate_block"), "alternate, wide": dict(direction="alternate_block", ffn_shift="wide"),
+             "looped": dict(direction="block", n_layer=3, loops=2)}
 
 
 def network(n=4, **changes):
@@ -302,7 +303,7 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
 def test_block_loss_reaches_every_parameter_and_no_later_block(name):
     net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, 12), generator=SEED(3))
     masked = torch.rand(2, 12, generator=SEED(4)) < 0.6
-    objective("block").loss(net, diffusion.Batch(x, masked, torch.ones(x.shape))).backward()
+    objective("block").loss(net, diffusion.Batch(x, masked, torch.ones(x.shape))).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in net.named_parameters() if not n.endswith("blocks.0.att.v0"))
     before = objective("block").logits(net, x, masked)
     for at in range(12):                                               # a clean token changes the blocks after its own, masked or not
@@ -314,19 +315,24 @@ def test_block_loss_reaches_every_parameter_and_no_later_block(name):
     assert torch.isfinite(before).all()
 
 
-@pytest.mark.parametrize("changes", [BLOCKWISE["two-way, dw_jrt"], BLOCKWISE["alternate, wide"], BLOCKWISE["attention"]])
+@pytest.mark.parametrize("changes", [BLOCKWISE["two-way, dw_jrt"], BLOCKWISE["alternate, wide"], BLOCKWISE["attention"], BLOCKWISE["wide"]])
 def test_a_mixture_is_its_specialists(changes):
-    """Rows take block sizes in turn; loss, bound and samples of each are those of objective=block with that size."""
-    net, mixture = network(2, **changes), objective("mixture", 2, block_sizes=(1, 3, 0))
+    """Rows take block sizes in turn; loss, bound and samples of each are those of objective=block with that size, or of ar."""
+    net, mixture = network(2, **changes), objective("mixture", 2, block_sizes=(1, 3, 0), next_weight=0.7)
     x, T = torch.randint(3, (9, 7), generator=SEED(3)), 7
     batch, total = mixture.noise(data.Rows(x, x >= 0), diffusion.Draw(SEED(1), 12, 3, 12, T), step=1)
-    assert batch.block.tolist() == [3, 0, 1] * 3 and total == batch.masked.sum() and batch.masked[2::3].all()
-    assert not batch.masked[:2].all() and batch.masked.any(1).all()
+    assert batch.block.tolist() == [3, 0, 1] * 3 and total.tolist() == [batch.masked.sum(), 54]
+    assert not batch.masked[2::3].any() and batch.masked[:2].any(1).all() and not batch.masked[:2].all()
     alone = {1: objective("ar"), 3: objective("block", 3), 0: objective("block", T)}
-    parts = [alone[n].loss(net, diffusion.Batch(*(None if z is None else z[i:i + 1] for z in batch))) for i, n in enumerate(batch.block.tolist())]
-    assert torch.allclose(mixture.loss(net, batch), sum(parts), rtol=1e-5)
+    rows = [diffusion.Batch(*(None if z is None else z[i:i + 1] for z in batch)) for i in range(9)]
+    parts = [alone[n].loss(net, row)[0] for n, row in zip(batch.block.tolist(), rows) if n != 1]
+    found = mixture.loss(net, batch)
+    assert torch.allclose(found[0], sum(parts), rtol=1e-5)
+    after = [net(x[:, :i], finished_text=True, block_size=1).logits[:, -1].log_softmax(-1) for i in range(1, 7)]
+    ahead = torch.stack(after, 1).gather(-1, x[:, 1:].unsqueeze(-1))
+    assert torch.allclose(found[1], -0.7 * ahead.sum(), rtol=1e-4)
     halves = [mixture.loss(net, diffusion.Batch(*part)) for part in diffusion.split(4, *batch)]
-    assert torch.allclose(sum(halves), mixture.loss(net, batch), rtol=1e-5)
+    assert torch.allclose(sum(halves), found, rtol=1e-5)
     known, options = torch.rand(9, 7, generator=SEED(4)) < 0.3, dict(temperature=1.0)
     with torch.no_grad():
         for n in (1, 3, 0):
@@ -337,6 +343,33 @@ def test_a_mixture_is_its_specialists(changes):
             sized.load_state_dict(net.state_dict())
             assert torch.equal(y, SAMPLERS[asked](sized, x, known, 3, SEED(5), **one, **options)), asked
             assert (y[known] == x[known]).all() and (y < 3).all()
+
+
+@pytest.mark.parametrize("name,n", [("masked_mean", 8), ("block", 3), ("mixture", 3)])
+def test_soft_masks(name, n):
+    """Where the first pass is sure, a mask is nearly the token; every second step is plain; sampling feeds each call's logits to the next."""
+    net, form = network(n, direction="block", self_cond=True), objective(name, n, block_sizes=(3, 0))
+    form.net_cfg.self_cond = True
+    for part in getattr(form, "parts", {}).values():
+        part.net_cfg.self_cond = True
+    plain = network(n, direction="block")
+    plain.load_state_dict(net.state_dict(), strict=False)
+    x, masked = torch.randint(3, (2, 6), generator=SEED(3)), torch.tensor([[True, False] * 3] * 2)
+    batch = diffusion.Batch(x, masked, torch.ones(x.shape), block=torch.tensor([3, 0]))
+    losses = [form.loss(net, batch, step).sum() for step in (0, 1)]
+    assert losses[0] == objective(name, n, block_sizes=(3, 0)).loss(plain, batch, 0).sum() != losses[1]
+    losses[1].backward()
+    assert net.soft_mask.grad.abs().min() > 0
+    with torch.no_grad():
+        net.soft_mask.copy_(torch.tensor([1.0, 50.0, 0.5]))            # s, k, c: nothing is left of a mask that is sure
+        sure = torch.nn.functional.one_hot(x, 3) * 100.0
+        assert torch.allclose(net(mask_tokens(x, masked, 3), x0_guess=sure).logits, net(x).logits, atol=1e-4)
+        unsure = net(mask_tokens(x, masked, 3), x0_guess=torch.zeros(2, 6, 3)).logits
+        assert torch.allclose(unsure, net(mask_tokens(x, masked, 3)).logits, atol=1e-4)
+        seen = []
+        spy = lambda z, **options: (seen.append(options.get("x0_guess")), net(z, **options))[1]
+        form.fill(spy, x, ~masked, SEED(1), "topk" if name != "block" else "block", steps=3)
+        assert seen[0] is None and any(guess is not None for guess in seen)
 
 
 @torch.no_grad()
