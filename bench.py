@@ -284,56 +284,6 @@ def suite_ablation():
           "{parameters:.0k} | {bits:.3f} ± {se:.3f} | {last:.3f} | {spikes} | {largest:.1f} | {ms:.0f}", rows)
     return {"runs": found}
 
-def text_networks():
-    """{name: options beside config/shakespeare.py}."""
-    causal, two_way = "--direction=causal --ffn_shift=before", "--direction=bidirectional"
-    one_sided, deep = "--tie_directions=1 --ffn_shift=before", "--n_layer=8 --n_embd=96 --dim_ffn=352"
-    attention = "--mixer=attention --dim_ffn=683 --muon_lr=0.04"
-    blocks = {f"{objective} {n}": f"--objective={objective} --direction=block --block_size={n} {one_sided}"
-              for objective in ("block", "block_elbo") for n in (4, 16, 64)}
-    return {"ar": f"--objective=ar {causal}", **blocks, "b3d 16": f"--objective=b3d --block_size=16 {causal}",
-            "bidirectional, elbo": f"--objective=elbo {two_way} {one_sided}",
-            "bidirectional": f"{two_way} {one_sided}",
-            "bidirectional, ffn_shift=both": f"{two_way} --ffn_shift=both",
-            "bidirectional, ffn_shift=wide": f"{two_way} --ffn_shift=wide",
-            "causal + DW-JRT": f"{causal} --dw_jrt=1", "causal": causal,
-            "causal + DW-JRT, 8 layers": f"{causal} --dw_jrt=1 {deep}",
-            "causal, 8 layers": f"{causal} {deep}",
-            "causal + DW-JRT, scale 20": f"{causal} --dw_jrt=1 --dw_jrt_scale=20",
-            "causal + DW-JRT, open gates": f"{causal} --dw_jrt=1 --dw_jrt_alpha_init=2",
-            "attention": f"{attention} --ffn_shift=none",
-            "attention, ffn_shift=both": f"{attention} --ffn_shift=both",
-            "attention, ffn_shift=wide": f"{attention} --ffn_shift=wide"}
-
-def suite_text():
-    """T=128, 64 rows per step; and the step times of the two networks that are compared at equal time."""
-    budgets = {15: 1} if quick else {600: 3, 300: 1, 150: 1}         # steps: seeds
-    common = ["config/shakespeare.py", f"--data_path={data_path}", "--eval_interval=100000"]
-    small = ["--batch_size=4", "--eval_iters=2"] if quick else []
-    networks = {name: [*common, *small, *options.split()] for name, options in text_networks().items()}
-    runs = {}
-    for steps, seeds in budgets.items():
-        for seed, name in itertools.product(range(1337, 1337 + seeds), chosen(networks)):
-            options = [*networks[name], f"--max_iters={steps}", f"--random_seed={seed}"]
-            runs[f"{name}, {steps} steps, seed {seed}"] = Run(options, BITS)
-    found, rows, errors = quality("text", runs), {}, {}
-    for name, run in by_name(found).items():
-        network, budget = name.rsplit(", ", 1)
-        errors[network] = errors.get(network, []) + run["se"]
-        row = rows.setdefault(network, {"parameters": run["parameters"][0]})
-        row |= {budget: spread(run["bits"]), "se": statistics.mean(errors[network])}
-    budgets = [f"{steps} steps" for steps in budgets]
-    table("bits per character, mean ± standard deviation over seeds; the evaluation's own standard error",
-          " | ".join(["network", "parameters", *budgets, "evaluation s.e."]),
-          " | ".join(["{parameters:.3M}", *(f"{{{budget}}}" for budget in budgets), "{se:.4f}"]), rows)
-    if only not in ("", "pace"):
-        return {"runs": found, "ms": {}}
-    more = ["--eval_iters=1", f"--max_iters={20 if quick else 50}"]
-    pace = {name: Run([*networks[name], *more]) for name in ("bidirectional, ffn_shift=wide", "attention")}
-    pace = training_ms(pace, skip=2)
-    table_of_ms("a training step alone on the machine, in turn, ms", pace, "{ms:.0f}")
-    return {"runs": found, "ms": pace}
-
 def bigram_kl(x, y):
     """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
     to y's, for every pair of tokens that occur."""
@@ -630,9 +580,9 @@ def from_file(name):
     return module
 
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks,
-          "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation, "text": suite_text,
+          "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation,
           "generate": suite_generate}
-SUITES |= {name: lambda name=name: from_file(name).suite() for name in ("gaussian", "latent", "gpu")}
+SUITES |= {name: lambda name=name: from_file(name).suite() for name in ("text", "gaussian", "latent", "gpu")}
 
 def main():
     if threads:

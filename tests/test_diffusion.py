@@ -235,6 +235,17 @@ def test_probabilities_of_all_strings_sum_to_1(name, changes, n):
     assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-6 if "mixer" not in changes else 1e-5)
 
 
+@pytest.mark.parametrize("name,net,cfg,words", [
+    ("ar", {}, dict(likelihood="order"), "likelihood=order is for masked text"), ("task", {}, dict(likelihood="order"), "leave likelihood out"),
+    ("ar", dict(self_cond=True), {}, "self_cond=1 is not for objective=ar"), ("b3d", dict(self_cond=True), {}, "leave self_cond out"),
+    ("mixture", {}, dict(mask_policy="suffix"), "choose spans or independent")])
+def test_what_does_not_go_together(name, net, cfg, words):
+    form = objective(name, **cfg)
+    form.net_cfg = replace(form.net_cfg, **net)
+    with pytest.raises(ValueError, match=words):
+        form.check("causal" if form.causal else "block")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", diffusion.ORDERS)
 @pytest.mark.parametrize("name,changes,n", [("masked_mean", dict(direction="bidirectional"), 4), ("elbo", dict(direction="alternate"), 4),
