@@ -506,22 +506,28 @@ def suite_flops():
           "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", rows)
     return {"rows": found}
 
-@torch.inference_mode()
 def suite_direction():
-    networks, ms = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}, {}
+    """In fp32, and where it is fast in bf16."""
+    found, half = processor(), nets.fast_bf16(torch.device("cpu"))
+    return {**found, "ms": direction_ms(False), "bf16_ms": direction_ms(True) if half else {}}
+
+@torch.inference_mode()
+def direction_ms(half):
+    """{network: {T: milliseconds}} of one denoising step; half: bfloat16 matrix products."""
+    networks, ms, rows = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}, {}, {}
     for T in (512, 2048) if quick else (512, 2048, 8192, 16384):
         x = torch.randint(256, (1, T))
         jobs = {name: functools.partial(net, x) for name, net in networks.items()}
-        for name, spent in alternated(jobs, max(3, rounds * 12288 // (T + 512))).items():
-            ms.setdefault(name, {})[T] = spent
-    base = ms[BASELINE]
-    rows = {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            spent = alternated(jobs, max(3, rounds * 12288 // (T + 512)))
+        for name, t in spent.items():
+            ms.setdefault(name, {})[T] = t
     for name, row in ms.items():
-        rows[name] = {f"T={T}": f"{t:.1f} ({t / base[T]:.2f}x)" for T, t in row.items()}
-    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads: "
-          "ms (multiple of attention's)",
+        rows[name] = {f"T={T}": f"{t:.1f} ({t / ms[BASELINE][T]:.2f}x)" for T, t in row.items()}
+    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads, "
+          f"{'bf16' if half else 'fp32'}: ms (multiple of attention's)",
           " | ".join(["network", *rows[BASELINE]]), " | ".join(f"{{{T}}}" for T in rows[BASELINE]), rows)
-    return {**processor(), "ms": ms}
+    return ms
 
 def block_networks(**sizes):
     """RWKV-7 in blocks of 32 tokens, and attention with as many parameters -> {name: ModelConfig}."""

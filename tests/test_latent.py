@@ -35,7 +35,7 @@ def generator(seed=1):
 
 
 WAYS = [{}, dict(direction="causal", latent_pred_from="text"), dict(mixer="attention", direction=""), dict(mixer="biwkv", direction=""), dict(dw_jrt=True),
-        dict(ffn_shift="both"), dict(predict="next"), dict(time_cond="adaln_zero", latent_prefix_len=1), dict(mixer="rwkv7,attention", norm="rms")]
+        dict(ffn_shift="both"), dict(direction="alternate"), dict(predict="next"), dict(time_cond="adaln_zero", latent_prefix_len=1), dict(mixer="rwkv7,attention", norm="rms")]
 
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)
