@@ -554,7 +554,7 @@ class Mixture(Blocks):
     """One network for every mode: each row draws the size of its blocks, which may be the whole row
     (BlockGen, arXiv 2606.02241), and every row also learns the next token, as a clean text (next_weight).
     With each size it is measured and sampled as Blocks of that size, with size 1 as NextToken."""
-    defaults, uses_all = Blocks.defaults | {"direction": "block", "next_weight": 1.0}, False
+    defaults, uses_all = Blocks.defaults | {"direction": "block", "next_weight": 1.5}, False
 
     def __init__(self, cfg, net_cfg, steps=1):
         super().__init__(cfg, net_cfg, steps)

@@ -25,7 +25,8 @@ def gaussian_runs():
     gaussian = "config/gaussian.py"
     seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
     # as many parameters and as much time as the 1000 steps of config/gaussian.py
-    whole = seeds | {"masked": "config/shakespeare.py --ffn_shift=both --max_iters=1400"}
+    masked = "config/shakespeare.py --direction=bidirectional --schedule=linear --dim_ffn=592 --ffn_shift=both"
+    whole = seeds | {"masked": f"{masked} --max_iters=1400"}
     changes = {"mixed, x0, cosine": "",
                "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
                "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
@@ -33,6 +34,7 @@ def gaussian_runs():
                "a prefix is given": "--mask_policy=suffix --drop_given=0", "all is noised": "--drop_given=1",
                "curriculum": "config/gaussian_curriculum.py", "embeddings thaw": "config/gaussian_thaw.py",
                "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
+               "alternate": "--direction=alternate",
                "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
                "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
     short = f"{gaussian} --max_iters=200 --eval_interval=40"

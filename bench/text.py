@@ -11,7 +11,8 @@ def text_networks():
     attention = "--mixer=attention --dim_ffn=683 --muon_lr=0.04"
     blocks = {f"{objective} {n}": f"--objective={objective} --direction=block --block_size={n} {one_sided}"
               for objective in ("block", "block_elbo") for n in (4, 16, 64)}
-    plain = {"ar": f"--objective=ar {causal}", **blocks, "b3d 16": f"--objective=b3d --block_size=16 {causal}",
+    plain = {"ar": f"--objective=ar {causal}", **blocks,
+             "b3d 16": f"--objective=b3d --block_size=16 {causal}",
              "bidirectional, elbo": f"--objective=elbo {two_way} {one_sided}",
              "bidirectional": f"{two_way} {one_sided}",
              "bidirectional, ffn_shift=both": f"{two_way} --ffn_shift=both",
@@ -35,7 +36,7 @@ def text_networks():
     return plain | {f"{name}, bell": options for name, options in bells.items()}
 
 def suite():
-    """T=128, 64 rows per step; and the step times of the two networks that are compared at equal time."""
+    """T=128, 64 rows per step; and the step times of networks that are compared at equal time."""
     budgets = {15: 1} if bench.quick else {600: 3, 300: 1, 150: 1}         # steps: seeds
     common = ["config/shakespeare.py", f"--data_path={bench.data_path}", "--eval_interval=100000"]
     small = ["--batch_size=4", "--eval_iters=2"] if bench.quick else []
@@ -66,7 +67,9 @@ def suite():
     if bench.only not in ("", "pace"):
         return {"runs": found, "ms": {}}
     more = ["--eval_iters=1", f"--max_iters={20 if bench.quick else 50}"]
-    pace = {name: Run([*networks[name], *more]) for name in ("bidirectional, ffn_shift=wide", "attention")}
+    names = [f"{name}, bell" for name in ("bidirectional", "alternate", "alternate, soft masks, loops=2",
+                                          "attention", "attention, soft masks, loops=2", "mixture")]
+    pace = {name: Run([*networks[name], *more]) for name in names}
     pace = training_ms(pace, skip=2)
     table_of_ms("a training step alone on the machine, in turn, ms", pace, "{ms:.0f}")
     return {"runs": found, "ms": pace}

@@ -1,4 +1,4 @@
-"""Characters of a text by masked diffusion, both ways, on a CPU:
+"""Characters of a text by masked diffusion, one scan a layer in turn forward and backward, on a CPU:
 
     DATA_PATH=input.txt python train.py config/shakespeare.py
 """
@@ -9,13 +9,14 @@ max_iters = 600
 n_layer = 4
 n_embd = 128
 head_size = 32
-direction = "bidirectional"
-tie_directions = True
+direction = "alternate"
+tie_directions = True       # for other directions: both scans of a layer use the same projections
+schedule = "bell"
 ffn_shift = "wide"
 rank_w = 16
 rank_a = 16
 rank_v = 16
 rank_g = 32
-dim_ffn = 592
+dim_ffn = 600
 muon_lr = 0.028
 eval_iters = 40

@@ -183,7 +183,7 @@ def test_given_tokens_are_clean_and_rows_alone_are_rows_together():
     assert torch.equal(x_t[:, :3], x0[:, :3]) and not torch.equal(x_t[:, 3:], x0[:, 3:])
     assert torch.allclose(net.table().norm(dim=-1), torch.full((7,), 32**0.5), rtol=1e-5)
     with torch.no_grad():
-        for changed in ({}, dict(mixer="biwkv")):
+        for changed in ({}, dict(mixer="biwkv"), dict(direction="alternate")):
             net = network(**changed).eval()
             both = net(x_t, t=t, lengths=torch.tensor([10, 6])).vector
             alone = net(x_t[1:, :6], t=t[1:, :6]).vector

@@ -145,6 +145,25 @@ def test_text_end_to_end(run, tmp_path):
     ok(run("train.py", "--out_dir=fine", "--init_from=out/ckpt.pt", "--objective=elbo", "--mask_policy=spans", "--dtype=bf16", "--max_iters=2", **{k: v for k, v in small.items() if k != "MAX_ITERS"}))
 
 
+def test_one_network_for_every_mode_end_to_end(run, tmp_path):
+    """objective=mixture with soft masks and looped layers: learns in each mode, resumes, is sampled from in each, and measured in each order."""
+    (tmp_path / "input.txt").write_text("the cat sat on the mat. a dog sat on the log.\n" * 100)
+    small = dict(DATA_PATH="input.txt", SEQ_LEN=32, N_LAYER=3, N_EMBD=32, HEAD_SIZE=16, BATCH_SIZE=8, MAX_ITERS=8, EVAL_INTERVAL=4, EVAL_ITERS=2, LOOPS=2,
+                 WKV_IMPL="torch", THREADS=1, TOKENIZER="char", OBJECTIVE="mixture", SELF_COND=1, SCHEDULE="bell", LOG_INTERVAL=1, DEVICE_BSZ=4)
+    ok(run("train.py", "--out_dir=whole", **small))
+    first, *_, last = [row for row in log_of(tmp_path / "whole") if row["event"] == "eval"]
+    for mode in ("1", "4", "16", "all"):
+        assert last[f"bits_per_char_block_{mode}"] < first[f"bits_per_char_block_{mode}"] and last[f"bits_per_char_block_{mode}_se"] > 0
+    kill_after(run, 4, "cut", small)
+    ok(run("train.py", "--out_dir=cut", "--init_from=resume"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for sampler, calls in (("ar", 32), ("block", 33), ("confidence", 32), ("topk", 32)):
+        shown = ok(run("sample.py", "--ckpt=whole/ckpt.pt", "--num_samples=2", f"--sampler={sampler}", "--threshold=1"))
+        assert f"64 tokens in {calls} denoiser calls" in shown
+    shown = ok(run("train.py", "--train=0", "--out_dir=whole", "--likelihood=order"))
+    assert all(f"bits per char {rule} block 16" in shown for rule in ("confidence", "left to right", "random"))
+
+
 def test_with_no_data_at_all_it_learns_the_standard_library(run, tmp_path):
     shown = ok(run("train.py", MAX_ITERS=1, N_LAYER=1, N_EMBD=32, BATCH_SIZE=4, SEQ_LEN=16, EVAL_ITERS=1, WKV_IMPL="torch", THREADS=1))
     assert "standard library: " in shown and "bits per char" in shown
