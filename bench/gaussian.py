@@ -25,8 +25,8 @@ def gaussian_runs():
     gaussian = "config/gaussian.py"
     seeds = {f"gaussian, seed {seed}": f"{gaussian} --random_seed={seed}" for seed in (1337, 1338, 1339)}
     # as many parameters and as much time as the 1000 steps of config/gaussian.py
-    masked = "config/shakespeare.py --direction=bidirectional --schedule=linear --dim_ffn=592 --ffn_shift=both"
-    whole = seeds | {"masked": f"{masked} --max_iters=1400"}
+    masked = "config/shakespeare.py --direction=bidirectional --ffn_shift=both --dim_ffn=592"
+    whole = seeds | {"masked": f"{masked} --schedule=linear --max_iters=1400"}
     changes = {"mixed, x0, cosine": "",
                "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
                "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
