@@ -41,6 +41,8 @@ import tasks
 TEXT = "the cat sat on the mat, and a dog lay on the log: caf\u00e9.\n" * 60
 TINY = dict(max_iters=2, n_layer=1, n_embd=32, head_size=16, batch_size=4, seq_len=32, eval_iters=1, struct_eval_n=2, threads=1, wkv_impl="torch")
 JOBS = {"task": dict(struct_task=1, struct_len=4), "text": dict(data_path="t.txt"), "block": dict(data_path="t.txt", objective="block", block_size=8),
+        "mixture": dict(data_path="t.txt", objective="mixture", block_sizes="4,0", n_layer=3, loops=2, self_cond=1),
+        "alternate": dict(data_path="t.txt", direction="alternate", schedule="bell"),
         "gaussian": dict(data_path="t.txt", objective="gaussian"), "latent": dict(data_path="pairs")}
 NUMBERS = ["-1", "0", "1", "2", "-0.5", "0.5", "7", "1e9", "1000000000", "1" + "0" * 23, "9" * 400, "nan", "inf", "-inf", "1e-300", "1e300",
            "x", "0x10", "1.5", "(1, nan)", "-1,inf"]
