@@ -472,7 +472,7 @@ def flops_per_token(cfg, T):
             ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
             total += scan + 2 * C * C
-            if nets.direction(cfg) != "causal" and not nets.way(cfg).alternate:
+            if nets.two_scans(cfg):
                 total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
         else:
             total += 8 * C * C + 4 * C * T * (mixer == "attention")

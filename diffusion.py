@@ -121,8 +121,12 @@ class Batch(NamedTuple):
     z_eps: Optional[Tensor] = None     # (B,D) normal noise for them
     block: Optional[Tensor] = None     # (B,) tokens in a block, for objective=mixture
 
+    def each(self, f):
+        """f of every tensor that there is."""
+        return Batch(*(None if z is None else f(z) for z in self))
+
     def to(self, device):
-        return Batch(*(z if z is None else z.to(device, non_blocking=True) for z in self))
+        return self.each(lambda z: z.to(device, non_blocking=True))
 
 def split(n, *tensors):
     """Tensors that belong together, or None, -> tuples of n rows of each."""
@@ -354,7 +358,11 @@ class Masked(Objective):
     def loss(self, net, batch, step=0):
         """The sum over the masked tokens of weight * cross-entropy, nats."""
         soft = step % 2                                    # it must know plain masks, too
-        logits = self.logits(net, batch.x, batch.masked, batch.lengths, soft)
+        return self.nats(self.logits(net, batch.x, batch.masked, batch.lengths, soft), batch)
+
+    @staticmethod
+    def nats(logits, batch):
+        """logits (B,T,V) -> the loss."""
         nats = F.cross_entropy(logits[batch.masked], batch.x[batch.masked], reduction="none")
         return (nats * batch.weight[batch.masked]).sum()
 
@@ -368,7 +376,7 @@ class Masked(Objective):
         """-log p(x) / T of full rows x (B,T), (B,) nats per token, where one token of each block is revealed
         at a time, next the one that a row of ORDERS says: exact for a sampler of that order (DUEL, arXiv
         2603.01367)."""
-        (B, T), n = x.shape, self.block_length(x)
+        (B, T), n = x.shape, self.block_length(x.shape[1])
         rows = lambda z, fill: F.pad(z, (0, -T % n), value=fill).view(-1, n)
         u, masked = torch.rand(B, T, generator=generator).to(x.device), torch.ones_like(x, dtype=torch.bool)
         one, nats = x.new_ones(B * -(-T // n)), x.new_zeros(B, dtype=torch.float64)
@@ -380,9 +388,9 @@ class Masked(Objective):
             masked &= ~fresh
         return nats / T
 
-    def block_length(self, x):
-        """Rows x (B,T) -> tokens that are denoised together."""
-        return x.shape[1]
+    def block_length(self, T):
+        """So many of a row's T tokens are denoised together."""
+        return T
 
     def evaluate(self, net, source, rows, generator, size):
         if source.kind == "task":
@@ -465,13 +473,13 @@ class Blocks(Masked):
                              f"objective={self.cfg.objective} masks in each block: choose spans or "
                              "independent")
 
-    def block_length(self, x):
-        return min(x.shape[1], self.net_cfg.block_size)
+    def block_length(self, T):
+        return min(T, self.net_cfg.block_size)
 
     def levels(self, t, T):
         """t (B,) -> (B,T), a level for each block; a tenth of the blocks is fully masked, as all are when
         their denoising starts."""
-        n = self.block_length(t.new_empty(0, T))
+        n = self.block_length(T)
         golden = torch.arange(-(-T // n), dtype=torch.float64) * (5**0.5 - 1) / 2
         u = ((t[:, None] + golden) % 1).float()            # well spread over a row's blocks, too
         t = torch.where(u > 0.9, 1.0, 1 - u / 0.9 * (1 - 1e-3))
@@ -515,10 +523,8 @@ class Blocks(Masked):
         return torch.tensor(len(x) * (x.shape[1] - 1) * (self.cfg.next_weight > 0))
 
     def loss(self, net, batch, step=0):
-        x, masked = batch.x, batch.masked
-        logits, clean = self.passes(net, x, masked, soft=step % 2)
-        nats = F.cross_entropy(logits[masked], x[masked], reduction="none")
-        return torch.stack([(nats * batch.weight[masked]).sum(), self.next_nats(net, x, clean)])
+        logits, clean = self.passes(net, batch.x, batch.masked, soft=step % 2)
+        return torch.stack([self.nats(logits, batch), self.next_nats(net, batch.x, clean)])
 
     def next_nats(self, net, x, clean=None):
         """next_weight times the sum of the cross-entropies of x (B,T) without its first column, each token
@@ -561,6 +567,12 @@ class Mixture(Blocks):
         sized = {n: replace(net_cfg, block_size=n or 10**7) for n in (1, *cfg.block_sizes)}
         self.parts = {n: (NextToken if n == 1 else Blocks)(cfg, mine, steps) for n, mine in sized.items()}
 
+    def check(self, direction):
+        super().check(direction)
+        if 1 in self.cfg.block_sizes and not self.cfg.next_weight:
+            raise ValueError("block_sizes with a 1 need next_weight > 0, from which rows of size 1 learn: "
+                             "leave the 1 or next_weight out")
+
     def noise(self, rows, draw, step):
         t, u = draw.levels(), draw.uniform(rows.x.shape[1])
         sizes = torch.tensor(self.cfg.block_sizes)         # in turn: so each has stratified levels, too
@@ -573,15 +585,15 @@ class Mixture(Blocks):
         return batch, torch.stack([masked.sum(), self.followers(rows.x)])
 
     def loss(self, net, batch, step=0):
-        terms = batch.x.new_zeros(2, dtype=torch.float32)
-        for n, part in self.parts.items():
-            mine = (batch.block == n).nonzero()[:, 0]
-            rows = Batch(*(None if z is None else z[mine] for z in batch))
-            if n == 1 and len(mine):
-                terms = terms + torch.stack([terms[0] * 0, self.next_nats(net, rows.x)])
-            elif len(mine):
-                terms = terms + part.loss(net, rows, step)
-        return terms
+        none, terms = batch.x.new_zeros((), dtype=torch.float32), []
+        present = set(batch.block.tolist())
+        for n in filter(present.__contains__, self.parts):
+            rows = batch.each(lambda z: z[batch.block == n])
+            if n == 1:
+                terms.append(torch.stack([none, self.next_nats(net, rows.x)]))
+            else:
+                terms.append(self.parts[n].loss(net, rows, step))
+        return sum(terms)
 
     def evaluate(self, net, source, rows, generator, size):
         """The bits of each block size, as those of objective=block; val_loss: their mean."""

@@ -102,7 +102,7 @@ class Sequence:
     def of(cls, x, cfg, time, lengths, n, finished_text, block_states, has_latent):
         """x (B,T,C); n: tokens in a block; has_latent (B,) or None: x begins with a prefix, padding in rows
         without a latent."""
-        (B, T), sees = x.shape[:2], direction(cfg)
+        (B, T), (sees, alternate) = x.shape[:2], way(cfg)
         block = 0 if sees == "causal" else min(n, T)
         if sees == "bidirectional" and not finished_text:
             block = T
@@ -119,7 +119,7 @@ class Sequence:
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
         seen = 1 if sees == "causal" else seen
-        ahead = 1 if finished_text and not way(cfg).alternate else block
+        ahead = 1 if finished_text and not alternate else block
         return cls(B, T, block, ahead, seen, seeded, pieces, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
@@ -406,7 +406,7 @@ class RWKV7(Mixer, Scan7):
         self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if seeded else None
         self.back = self.fuse = None
         self.backward = scans_back(cfg, layer)
-        if direction(cfg) != "causal" and not way(cfg).alternate:
+        if two_scans(cfg):
             self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
             self.fuse = FUSIONS[cfg.fusion](cfg)
 
@@ -598,6 +598,11 @@ def way(cfg):
 def direction(cfg):
     """Who sees whom: causal, block or bidirectional."""
     return way(cfg).sees
+
+def two_scans(cfg):
+    """Does every RWKV-7 layer scan in both directions?"""
+    sees, alternate = way(cfg)
+    return sees != "causal" and not alternate
 
 def scans_below(cfg, layer):
     """The number of RWKV-7 layers below this one."""

@@ -125,7 +125,8 @@ def defaults_for(cfg):
     for key, value in diffusion.OBJECTIVES[objective_name(cfg)].defaults.items():
         cfg.default(key, value, why=f"objective={cfg.objective}")
     cfg.default("warmdown_iters", cfg.max_iters * 9 // 10, why="max_iters")
-    if cfg.direction.endswith("block"):    # the form of DW-JRT that keeps the state which crosses blocks
+    # the form of DW-JRT that keeps the state which crosses blocks
+    if cfg.direction and nets.DIRECTIONS[cfg.direction].sees == "block":
         cfg.default("dw_jrt_inject", "gate", why="direction")
     if cfg.data_bin and (cfg.tokenizer == "gpt2" or not cfg.given("tokenizer")):
         cfg.default("vocab_size", 50304, why="data_bin")       # GPT-2's 50257, padded as nanoGPT does
