@@ -621,6 +621,12 @@ class B3D(Blocks):
     causal, defaults, layout, terms, soft = True, {}, "b3d", (), False
     noise, loss = Masked.noise, Masked.loss
 
+    def check(self, direction):
+        super().check(direction)
+        if self.net_cfg.ffn_shift in ("both", "wide"):
+            raise ValueError(f"ffn_shift={self.net_cfg.ffn_shift} is not for objective=b3d: masked tokens would "
+                             "see the clean ones that come next; choose before or none")
+
     def logits(self, net, x, masked, lengths=None, soft=False):
         (B, T), n = x.shape, self.net_cfg.block_size
         blocks = lambda z: F.pad(z, (0, -T % n), value=self.mask_id).view(B, -1, n)

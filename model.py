@@ -119,7 +119,7 @@ class Sequence:
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
         seen = 1 if sees == "causal" else seen
-        ahead = 1 if finished_text and not alternate else block
+        ahead = 1 if finished_text and not alternate else block or T
         return cls(B, T, block, ahead, seen, seeded, pieces, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
@@ -761,9 +761,6 @@ class Block(nn.Module):
             if direction(cfg) not in (can := TIME_MIXERS[name].directions):
                 raise ValueError(f"direction={direction(cfg)!r} is not for mixer={name}: "
                                  f"choose one of {', '.join(can)}")
-        if FFN_SHIFTS[cfg.ffn_shift] and direction(cfg) == "causal":
-            raise ValueError(f"ffn_shift={cfg.ffn_shift} looks at tokens after: "
-                             "choose direction=bidirectional, alternate or block, or ffn_shift=before")
 
     def forward(self, x, state, seq, carry):
         """x (B,T,C), the layer's state or None, seq, carry -> x, state after the last token, new carry."""

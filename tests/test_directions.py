@@ -248,7 +248,7 @@ def test_biwkv_sees_both_sides_and_decay_follows_the_noise_level():
 @pytest.mark.parametrize("ffn_shift", ["both", "wide"])
 @pytest.mark.parametrize("changes", [{}, dict(tie_directions=True), dict(mixer="attention"), dict(mixer="biwkv"), dict(mixer="rwkv7,attention")])
 def test_a_shift_from_both_sides(changes, ffn_shift):
-    """Another network, each token sees all others, padding changes nothing; not for causal networks."""
+    """Another network, each token sees all others, padding changes nothing."""
     cfg = replace(SMALL, n_embd=32, head_size=16, direction="bidirectional", ffn_shift=ffn_shift, **changes)
     net, x = randomised(cfg), ids(2, 9)
     plain = Denoiser(replace(cfg, ffn_shift="before")).eval()
@@ -260,8 +260,27 @@ def test_a_shift_from_both_sides(changes, ffn_shift):
         y = x.clone()
         y[:, at] = (y[:, at] + 1) % 12
         assert (net(y).logits != net(x).logits).any(-1).all()
-    with pytest.raises(ValueError, match=f"ffn_shift={ffn_shift} looks at tokens after"):
-        Denoiser(replace(cfg, mixer="rwkv7", direction="causal"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["rwkv7", "attention"])
+@pytest.mark.parametrize("ffn_shift", ["before", "both", "wide"])
+def test_a_causal_network_looks_ahead_by_its_shifts_alone(mixer, ffn_shift):
+    """Reach tokens a layer; what is read as finished text sees nothing ahead, so that its state goes on."""
+    cfg, x, T = replace(SMALL, mixer=mixer, direction="causal", ffn_shift=ffn_shift, n_layer=2), ids(1, 12), 12
+    net, seen = randomised(cfg), {}
+    for finished in (False, True):
+        sees = []
+        for at in range(T):
+            y = x.clone()
+            y[0, at] = (y[0, at] + 1) % 12
+            sees.append((net(y, finished_text=finished).logits != net(x, finished_text=finished).logits).any(-1)[0])
+        seen[finished] = torch.stack(sees, 1)                         # (token, what it sees)
+    ahead = 2 * nets.FFN_SHIFTS[ffn_shift]
+    assert torch.equal(seen[False], torch.ones(T, T).tril(ahead).bool())
+    assert torch.equal(seen[True], torch.ones(T, T).tril().bool())
+    parts = net(x[:, 5:], state=net(x[:, :5], finished_text=True).state, finished_text=True)
+    assert torch.allclose(parts.logits, net(x, finished_text=True).logits[:, 5:], atol=1e-5)
 
 
 @torch.no_grad()
