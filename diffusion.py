@@ -25,8 +25,10 @@ class DiffusionConfig:
     next_weight: float = 0.0        # [0, 1e6] block, mixture: of next tokens' loss, where clean text is read
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
+    token_evidence: bool = False    # gaussian: what x_t alone tells of its token joins input and logits
     noise_shift: float = 6.0        # (0, 1e6] gaussian: factor on the noise's amplitude against the signal's
     likelihood: str = "bound"       # evaluation: also (order) the exact one in fixed orders of unmasking
+    answer_steps: int = 1           # [0, 1e7] a task's answer: network calls, surest first; 0 = one per token
     diffusion_steps: int = 1000     # [0, 1e9] gaussian: t has so many values; 0 = it is continuous
     prediction_type: str = "x0"     # gaussian: what the network predicts
     diffusion_mode: str = "mixed"   # gaussian: diffusion = MSE; tokens = cross-entropy; mixed = both
@@ -394,7 +396,7 @@ class Masked(Objective):
 
     def evaluate(self, net, source, rows, generator, size):
         if source.kind == "task":
-            return self.evaluate_answers(net, source, rows, size)
+            return self.evaluate_answers(net, source, rows, generator, size)
         x = rows.x
         metrics = source.report(self.bound(net, part, generator) for part in x.split(size))
         for rule in ORDERS if self.cfg.likelihood == "order" else ():
@@ -404,11 +406,16 @@ class Masked(Objective):
         filled = net(mask_tokens(x[:1], masked, self.mask_id)).logits[0].argmax(-1)
         return metrics, (x[0], masked, torch.where(masked, filled, x[0]))
 
-    def evaluate_answers(self, net, source, rows, size):
-        """A task's answers, all of a row's tokens in one step: loss, accuracy, exact match."""
+    def evaluate_answers(self, net, source, rows, generator, size):
+        """A task's answers: loss with all of a row's answer masked; accuracy, exact match of the likeliest
+        tokens, in answer_steps network calls."""
         x, masked, lengths, _ = rows
         logits = torch.cat([self.logits(net, *part) for part in split(size, x, masked, lengths)])
         predicted = torch.where(masked, logits.argmax(-1), x)
+        if self.cfg.answer_steps != 1:
+            options = dict(steps=self.cfg.answer_steps, temperature=0.0)
+            predicted = torch.cat([self.fill(functools.partial(net, lengths=n), a, ~m, generator, **options)
+                                   for a, m, n in split(size, x, masked, lengths)])
         loss = F.cross_entropy(logits[masked], x[masked]).item()
         return {"val_loss": loss, **source.score(x, predicted, masked)}, (x[0], masked[0], predicted[0])
 
@@ -624,8 +631,8 @@ class B3D(Blocks):
     def check(self, direction):
         super().check(direction)
         if self.net_cfg.ffn_shift in ("both", "wide"):
-            raise ValueError(f"ffn_shift={self.net_cfg.ffn_shift} is not for objective=b3d: masked tokens would "
-                             "see the clean ones that come next; choose before or none")
+            raise ValueError(f"ffn_shift={self.net_cfg.ffn_shift} is not for objective=b3d: masked tokens "
+                             "would see the clean ones that come next; choose before or none")
 
     def logits(self, net, x, masked, lengths=None, soft=False):
         (B, T), n = x.shape, self.net_cfg.block_size
@@ -652,7 +659,13 @@ def sigmoid_beta(t, start=-3.0, end=3.0):
     lo, hi = (1 / (1 + math.exp(-z)) for z in (start, end))
     return (hi - torch.sigmoid(t * (end - start) + start)) / (hi - lo)
 
-BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmoid_beta}
+def gumbel_beta(t):
+    """Signal to noise -ln t: so the logarithm of noise to signal has a Gumbel distribution, as what the
+    levels tell of tokens has (LangFlow; measured here by `level_fit`). noise_shift gives it its place."""
+    return 1 / (1 - 1 / t.log())
+
+BETA_SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "sigmoid": sigmoid_beta,
+                  "gumbel": gumbel_beta}
 
 def abar(t, cfg):
     """t in [0, 1], any shape -> abar(t) in float64, at least 1e-9; t is rounded up to the next of
@@ -704,12 +717,18 @@ def estimate(net, x_t, t, table, cfg, **options):
     """x_t (B,T,C) at levels t (B,T) -> an Estimate.
 
     The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is
-    known (as EDM's c_in, arXiv 2206.00364, section 5).
+    known (as EDM's c_in, arXiv 2206.00364, section 5). With token_evidence it gets the best guess of all from
+    x_t alone, and log p(x_t | token), up to a constant, is added to its logits: it learns what context tells.
     """
     a, s = amplitudes(t, cfg)
-    out = net(a * x_t, t=t, **options)
+    x_in, evidence = a * x_t, 0.0
+    if cfg.token_evidence:
+        with torch.autocast(x_t.device.type, enabled=False):
+            evidence = a / s.square().clamp_min(1e-6) * (x_t @ table.T)        # embeddings have one length
+            x_in = evidence.softmax(-1) @ table
+    out = net(x_in, t=t, **options)
     if not MODES[cfg.diffusion_mode][0]:
-        logits = out.logits.float()
+        logits = out.logits.float() + evidence
         with torch.autocast(logits.device.type, enabled=False):
             return Estimate(logits.softmax(-1) @ table, logits, None, a, s)
     vector = out.vector.float()
@@ -734,7 +753,7 @@ class Gaussian(Objective):
     """
     defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
     sources, modes, sampler, latent_sampler = ("text", "task", "pairs"), ("l2t",), "ddim", "ddim"
-    gaussian, uses_all, eval_batches, soft = True, False, 1, True
+    gaussian, uses_all, soft = True, False, True
 
     def fits(self, sampler):
         return sampler in GAUSSIAN_STEPS
@@ -746,6 +765,10 @@ class Gaussian(Objective):
         if direction == "block":
             raise ValueError(f"objective={self.cfg.objective} denoises whole rows: choose "
                              "--direction=bidirectional or causal")
+        if self.cfg.token_evidence and self.cfg.diffusion_mode != "tokens":
+            raise ValueError("token_evidence=1 is for an estimate by logits, "
+                             f"diffusion_mode={self.cfg.diffusion_mode} predicts vectors: choose "
+                             "diffusion_mode=tokens")
 
     def max_noise(self, step):
         """The largest noise level at a step: those of noise_levels for an equal share of the steps each."""
@@ -803,15 +826,19 @@ class Gaussian(Objective):
         return terms
 
     def evaluate(self, net, source, rows, generator, size):
-        """gaussian_report's numbers; for a task also accuracy and exact match of its answers by DDIM in 20
-        steps."""
+        """gaussian_report's numbers, of the first `size` rows of a text, and the bound of all; for a task
+        accuracy and exact match of its answers by DDIM in 20 steps."""
         x, masked, lengths, _ = rows
-        shown, task, latent = masked, source.kind == "task", {}
+        shown, task, latent, few = masked, source.kind == "task", {}, rows
         if not task:
             shown = (torch.rand(x.shape, generator=generator) < 0.3).to(x.device)
+            few = type(rows)(*(None if z is None else z[:size] for z in rows))
         if net.cfg.latent_dim:
-            latent = dict(latent=clean_latent(net, latents_of(rows, net.cfg.latent_dim)))
-        metrics, alarm = gaussian_report(net, x, masked, lengths, generator, self.cfg, **latent)
+            latent = dict(latent=clean_latent(net, latents_of(few, net.cfg.latent_dim)))
+        metrics, alarm = gaussian_report(net, few.x, few.maskable, few.lengths, generator, self.cfg, **latent)
+        if source.kind == "text":
+            bounds, gains, levels = zip(*(self.bound(net, part, generator) for part in x.split(size)))
+            metrics |= source.report(bounds) | level_fit(torch.cat(levels), torch.cat(gains))
         if not task:
             x, shown, lengths = x[:1], shown[:1], None if lengths is None else lengths[:1]
         options = dict(cfg=self.cfg, steps=noise_steps(self.cfg, default=20))
@@ -824,9 +851,53 @@ class Gaussian(Objective):
             metrics["alarm"] = alarm
         return metrics, (x[0], shown[0], predicted[0])
 
+    def bound(self, net, x, generator, draws=8):
+        """Full rows x (B,T) -> an upper bound on -log p(x) / T of each, (B,) nats per token; and of each of
+        draws * B noise levels what it adds, and ln(noise / signal) there.
+
+        The variational bound of as many steps as the network knows, else 1000 (VDM, arXiv 2107.00630, eq. 11
+        to 15): the sum over steps from t to s of (SNR(s) - SNR(t)) / 2 |x_0 - estimate(x_t)|^2, of which
+        `draws` are taken per row, stratified; x_1 against the normal distribution; and the tokens given x_t
+        at the first step."""
+        cfg, table, n, B = self.cfg, net.table(), self.cfg.diffusion_steps or 1000, len(x)
+        C, share = table.shape[1], abar(torch.arange(1, n + 1) / n, cfg)
+        ratio, x0 = share / (1 - share), F.embedding(x, table)
+        prior = 0.5 * C * (-share[-1] - torch.log1p(-share[-1]) + share[-1])     # |x_0|^2 = C
+        total, gains, levels = prior.repeat(B).to(x.device), [], []
+        step = (stratified(draws * B, generator) * (n - 1)).ceil().long().clamp_min(1)
+        step = step[torch.randperm(draws * B, generator=generator)].split(B)
+
+        def noised(at):
+            t = ((at + 1) / n)[:, None].expand(x.shape).to(x.device)
+            eps = torch.randn(x0.shape, generator=generator).to(x.device)
+            return embedded(x, t, eps, table, cfg)[1], t
+        for at in step:
+            x_t, t = noised(at)
+            guess = estimate(net, x_t, t, table, cfg).x0 if net.cfg.self_cond else None
+            error = (estimate(net, x_t, t, table, cfg, x0_guess=guess).x0 - x0).square().sum(-1).mean(1)
+            gains.append((n - 1) / 2 * (ratio[at - 1] - ratio[at]).to(x.device) * error)
+            levels.append(-ratio[at].log())
+        x_t, t = noised(torch.zeros(B))
+        a, s = amplitudes(t, cfg)
+        logits = a / s.square() * (x_t @ table.T)          # any decoder is allowed; the network knows more
+        if cfg.token_evidence:
+            logits = estimate(net, x_t, t, table, cfg).logits
+        total = total + weighted_nats(logits, x, 1 / x.shape[1]) + torch.stack(gains).mean(0)
+        return total, torch.cat(gains).cpu(), torch.cat(levels)
+
     def fill(self, net, x, known, generator, sampler="", **options):
         name = sampler or self.sampler
         return SAMPLERS[name](net, x, known, self.mask_id, generator, cfg=self.cfg, **options)
+
+def level_fit(levels, gains):
+    """ln(noise / signal) and what is learned there, (n,) each -> by moments the noise_shift with which
+    beta_schedule=gumbel has its levels where most is learned, and that distribution's scale, where it has 1.
+    """
+    share = gains / gains.sum()
+    mean = (share * levels).sum()
+    scale = (share * (levels - mean).square()).sum().sqrt() * math.sqrt(6) / math.pi
+    place = mean - 0.5772 * scale
+    return {"fitted_noise_shift": (place / 2).exp().item(), "fitted_scale": scale.item()}
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

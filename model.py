@@ -277,6 +277,12 @@ class Condition(NamedTuple):
     def after(self, y):
         return y if self.gate is None else torch.addcmul(y, y, self.gate)
 
+def zeros(linear):
+    """A Linear that gives 0 at first."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
 class NoCond(nn.Module):
     """The block does not see the noise level."""
     parts = 0
@@ -284,9 +290,7 @@ class NoCond(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         if self.parts:
-            self.proj = nn.Linear(cfg.n_embd, 2 * self.parts * cfg.n_embd)
-            nn.init.zeros_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
+            self.proj = zeros(nn.Linear(cfg.n_embd, 2 * self.parts * cfg.n_embd))
 
     def forward(self, time):
         """time (B,1,C) or (B,T,C) -> a Condition for the mixer and one for the channel mix."""
@@ -474,7 +478,8 @@ class RWKV7(Mixer, Scan7):
         return torch.cat(ys, 1), ends
 
 class BiWKV(Mixer):
-    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise sets decay and bonus."""
+    """BiWKV attention (Vision-RWKV, arXiv 2403.02308) after a BiShift; the noise level moves its weights,
+    decay and bonus."""
     directions = ("bidirectional",)
     wants_time = True
 
@@ -484,9 +489,7 @@ class BiWKV(Mixer):
         for name in ("x_r", "x_k", "x_v"):
             setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
         self.decay, self.bonus = nn.Parameter(torch.empty(C)), nn.Parameter(torch.empty(C))
-        self.time = nn.Linear(C, 2 * C)
-        nn.init.zeros_(self.time.weight)
-        nn.init.zeros_(self.time.bias)
+        self.time, self.shift_time = zeros(nn.Linear(C, 2 * C)), zeros(nn.Linear(C, 3 * C))
         self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
         self.ln_x = nn.LayerNorm(C)
 
@@ -494,7 +497,9 @@ class BiWKV(Mixer):
         if state is not None:
             raise ValueError("mixer=biwkv sees the whole sequence at once and carries no state: "
                              "feed it whole, or use mixer=rwkv7")
-        xr, xk, xv = shift_mix(seq.unpadded(x), None, torch.cat([self.x_r, self.x_k, self.x_v]), reach=1)
+        around, = shift_mix(seq.unpadded(x), None, torch.ones_like(self.x_r), reach=1)
+        shares = zip((self.x_r, self.x_k, self.x_v), self.shift_time(F.silu(seq.time)).chunk(3, -1))
+        xr, xk, xv = (torch.addcmul(x, around - x, share + change) for share, change in shares)
         r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
         if seq.valid is not None:
             k = k.masked_fill(~seq.valid[..., None], -math.inf)

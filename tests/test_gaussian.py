@@ -51,7 +51,9 @@ def test_schedules_are_their_closed_forms():
     t = np.linspace(0, 1, 101)
     cosine = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     sig = lambda z: 1 / (1 + np.exp(-z))
-    forms = {"linear": np.exp(-0.1 * t - 9.95 * t**2), "cosine": cosine, "sigmoid": (sig(3) - sig(6 * t - 3)) / (sig(3) - sig(-3))}
+    ratio = -np.log(np.maximum(t, 1e-300))
+    forms = {"linear": np.exp(-0.1 * t - 9.95 * t**2), "cosine": cosine, "sigmoid": (sig(3) - sig(6 * t - 3)) / (sig(3) - sig(-3)),
+             "gumbel": np.where(t > 0, ratio / (1 + ratio), 1)}
     assert set(forms) == set(BETA_SCHEDULES)
     for name, form in forms.items():
         found = abar(torch.from_numpy(t), DiffusionConfig(beta_schedule=name, diffusion_steps=0, noise_shift=1.0))
@@ -82,6 +84,66 @@ def test_predictions_convert_exactly(name):
     a, s = share.sqrt(), (1 - share).sqrt()
     x = a * x0 + s * eps
     assert torch.allclose(PREDICTIONS[name].x0(PREDICTIONS[name].target(x0, eps, a, s), x, a, s), x0, atol=1e-12)
+
+
+# ---- the bound -----------------------------------------------------------------------------------------------------------
+
+class Source:
+    """Knows that tokens are drawn one by one with probabilities p, and nothing else: with token_evidence the best denoiser there is."""
+    cfg = ModelConfig(vocab_size=2)
+
+    def __init__(self, p, C=8):
+        self.p, self.embeddings = torch.tensor(p), torch.tensor([[1.0], [-1.0]]).expand(2, C)
+
+    def table(self):
+        return self.embeddings
+
+    def __call__(self, x_in, t, lengths=None, x0_guess=None):
+        return type("Out", (), {"logits": self.p.log().expand(*x_in.shape[:2], 2)})
+
+
+def integrated(p, cfg, n, C=8):
+    """The bound of Source for two opposite embeddings, summed over all n steps, the noise integrated on a grid: prior, steps, tokens."""
+    share = abar(torch.arange(1, n + 1) / n, cfg).numpy()
+    snr, grid = share / (1 - share), np.linspace(-9, 9, 4001)
+    density = np.exp(-grid**2 / 2) / np.exp(-grid**2 / 2).sum()
+    odds = lambda r: 2 * np.sqrt(r * C) * (np.sqrt(r * C) + grid)    # log odds of a token against the other from x_t alone, given the token
+    error = lambda r: sum(q * (density * C * (1 - np.tanh((odds(r) + np.log(q / (1 - q))) / 2)) ** 2).sum() for q in p)
+    steps = sum((snr[i - 1] - snr[i]) / 2 * error(snr[i]) for i in range(1, n))
+    tokens = sum(q * (density * np.log1p(np.exp(-odds(snr[0]) - np.log(q / (1 - q))))).sum() for q in p)
+    return 0.5 * C * (-share[-1] - np.log1p(-share[-1]) + share[-1]), steps, tokens
+
+
+@pytest.mark.parametrize("schedule, shift", [("cosine", 2.0), ("gumbel", 2.0), ("linear", 1.0)])
+@pytest.mark.parametrize("n", [50, 1000])
+def test_the_bound_is_the_integral_and_for_the_best_denoiser_the_entropy(schedule, shift, n):
+    """What all noise levels together tell of a token is its entropy (I-MMSE: Guo, Shamai & Verdu 2005)."""
+    p = (0.3, 0.7)
+    cfg = DiffusionConfig(objective="gaussian", diffusion_mode="tokens", token_evidence=True, beta_schedule=schedule, noise_shift=shift, diffusion_steps=n)
+    whole, entropy = integrated(p, cfg, n), -sum(q * math.log(q) for q in p)
+    x = (torch.rand(4000, 6, generator=SEED()) > p[0]).long()
+    nats, gains, levels = diffusion.Gaussian(cfg, Source.cfg).bound(Source(p), x, SEED(1), draws=20)
+    exact = sum(whole)
+    assert nats.mean().item() == pytest.approx(exact, abs=4 * nats.std().item() / 4000**0.5 + 1e-4)
+    assert exact > entropy - 1e-6 and (n == 50 or exact < entropy + 0.01)
+    assert gains.mean().item() == pytest.approx(whole[1], rel=0.02) and len(levels) == len(gains) == 80_000
+    wrong = diffusion.Gaussian(cfg, Source.cfg).bound(Source((0.6, 0.4)), x, SEED(1), draws=20)[0]
+    assert wrong.mean() > nats.mean() + 0.1                          # who believes in another source pays for it
+
+
+@pytest.mark.parametrize("prediction, mode", [*((p, "mixed") for p in PREDICTIONS), ("x0", "tokens")])
+def test_who_knows_the_text_pays_for_the_ends_alone(prediction, mode):
+    cfg = DiffusionConfig(objective="gaussian", prediction_type=prediction, diffusion_mode=mode)
+    x = torch.randint(7, (3, 12), generator=SEED(2))
+    nats = diffusion.Gaussian(cfg, ModelConfig(vocab_size=7)).bound(Perfect(x, cfg), x, SEED(1))[0]
+    assert (nats >= 0).all() and (nats < 0.01).all()
+
+
+def test_fitted_noise_levels_are_those_that_were_put_in():
+    """Gains as dense as the levels of beta_schedule=gumbel at noise_shift=4: found again, with scale 1."""
+    share = abar(torch.linspace(0.0005, 0.9995, 2000), DiffusionConfig(beta_schedule="gumbel", noise_shift=4.0, diffusion_steps=0))
+    found = diffusion.level_fit(torch.log(1 / share - 1), torch.ones(2000))
+    assert found["fitted_noise_shift"] == pytest.approx(4, rel=0.02) and found["fitted_scale"] == pytest.approx(1, rel=0.02)
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------------
