@@ -50,7 +50,9 @@ class ModelConfig:
     dw_jrt_inject: str = "leak"     # how the seed enters
     dw_jrt_scale: float = 3.0       # [-1e6, 1e6] factor on the seed
     dw_jrt_alpha_init: float = -1.0  # [-100, 100] gate and leak open with sigmoid(alpha), per layer and head
+    dw_jrt_chunk: int = 0           # [0, 1e7] causal: a new seed every so many tokens; 0 = one for the row
     dw_jrt_layer_start: int = 1     # [0, 10000] first layer that is seeded (layer 0 has none below it)
+    read_twice: bool = False        # causal: a row is read a second time, and predicted from there
     logit_cap: float = 0.0          # [0, 1e6] logits = cap * tanh(logits / cap); 0 = no cap
     dim_ffn: int = 0                # [0, 1e7] width of the channel mix; 0 = 4 C
     rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule
@@ -89,7 +91,7 @@ class Sequence:
     ahead: int                    # a shift to both sides stays inside such blocks
     seen_block: int               # attention: a token sees its own block and those before; 1 = causal
     seeded: bool                  # DW-JRT: do layers hand on their final states?
-    pieces: int                   # ... of so many parts of the sequence, each seeded by its own
+    piece: int                    # ... of parts of so many tokens, each seeded by its own
     finished_text: bool           # it is one: the forward scan alone
     block_states: Optional[int]   # n: keep the states at 0, n, 2n, ...
     time: Optional[Tensor]        # (B,1,C) or (B,T,C), the embedded noise level
@@ -108,7 +110,7 @@ class Sequence:
             block = T
         seen = n if finished_text else block
         seeded = cfg.dw_jrt and not finished_text
-        pieces = -(-T // block) if seeded and block else 1
+        piece = min(T, block or cfg.dw_jrt_chunk or T) if seeded else T
         valid, back_valid, last_at = real_tokens(x, lengths), None, None
         if lengths is not None:
             last_at = torch.arange(B, device=x.device) * T + lengths - 1
@@ -120,7 +122,7 @@ class Sequence:
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
         seen = 1 if sees == "causal" else seen
         ahead = 1 if finished_text and not alternate else block or T
-        return cls(B, T, block, ahead, seen, seeded, pieces, finished_text, block_states, time, valid,
+        return cls(B, T, block, ahead, seen, seeded, piece, finished_text, block_states, time, valid,
                    back_valid, last_at, has_latent is not None)
 
     def last(self, x, before):
@@ -193,9 +195,14 @@ class InitSeed(nn.Module):
 
     @classmethod
     def check(cls, cfg):
-        if direction(cfg) == "block" and not cls.keeps_context:
-            raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks: "
-                             "choose dw_jrt_inject=gate for direction=block")
+        if (direction(cfg) == "block" or cfg.dw_jrt_chunk) and not cls.keeps_context:
+            where = "blocks" if direction(cfg) == "block" else "chunks"
+            raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses {where}: "
+                             "choose dw_jrt_inject=gate")
+
+    def gather(self, seeds):
+        """The states after the layer below's pieces -> a seed for each piece."""
+        return seeds
 
     def forward(self, seed, ctx):
         """seed (B,H,N,N), ctx the carried state or None -> first state, and a leak J (B,H,N,N) or None."""
@@ -215,6 +222,25 @@ class GateSeed(InitSeed):
             return g * self.scale * seed, None
         return torch.lerp(ctx, self.scale * seed, g), None
 
+class ReverseSeed(GateSeed):
+    """GateSeed, from a reverse scan over the end states E of this chunk and of those after it,
+    B_c = E_c + sigmoid(beta) * (B_{c+1} - E_c), beta learned per head."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.beta = nn.Parameter(torch.zeros_like(self.alpha))
+
+    @classmethod
+    def check(cls, cfg):
+        if not cfg.dw_jrt_chunk:
+            raise ValueError("dw_jrt_inject=reverse scans chunks: give dw_jrt_chunk, as 8")
+
+    def gather(self, seeds):
+        rho, *gathered = self.beta.sigmoid()[:, None, None], seeds[-1]
+        for end in reversed(seeds[:-1]):
+            gathered.append(torch.lerp(end, gathered[-1], rho))
+        return gathered[::-1]
+
 class LeakSeed(GateSeed):
     """S_0 = scale * S_T; each step adds J diag(1 - exp w_t), J = g * S_T: the seed refills what decays."""
     keeps_context = False
@@ -222,7 +248,7 @@ class LeakSeed(GateSeed):
     def forward(self, seed, ctx):
         return self.scale * seed, self.alpha.sigmoid()[:, None, None] * seed
 
-DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed}
+DW_JRT_INJECT = {"init": InitSeed, "gate": GateSeed, "leak": LeakSeed, "reverse": ReverseSeed}
 
 # ---- two scans become one: (forward, backward), each (B,T,C) -> (B,T,C). As made, the forward one alone
 # ---- passes: a causal checkpoint loaded two-way gives the same logits; init_weights opens both ----
@@ -418,14 +444,14 @@ class RWKV7(Mixer, Scan7):
         if self.backward:
             return self.from_the_end(x, seq, carry)
         last, s0 = (None, None) if state is None else (state.att_shift, state.mix)
-        seeds = carry.seeds or [None] * seq.pieces
-        if seq.pieces == 1:
+        seeds = carry.seeds or [None] * -(-seq.T // seq.piece)
+        if len(seeds) == 1:
             s0, leak = self.start(s0, seeds[0])
             scan = dict(s0=s0, leak=leak, every=seq.block_states)
         else:
             scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
         y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
-        ends = [s] if seq.pieces == 1 else s           # the state after each piece
+        ends = [s] if len(seeds) == 1 else s           # the state after each piece
         s = ends[-1]
         if seq.block_states:                           # states at block starts are rows of their own
             s = s[:, :-(-seq.T // seq.block_states)].flatten(0, 1)
@@ -465,9 +491,11 @@ class RWKV7(Mixer, Scan7):
         return self.jrt(seed, s0)
 
     def scan_pieces(self, inputs, s0, seq, seeds):
-        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every block with its own seed
-        -> y (B,T,H,N), the states after the blocks."""
-        n, ys, ends = seq.back_block, [], []
+        """The recurrence on (r, w, k, v, a, b), each (B,T,H,N), from s0, every piece with its own seed
+        -> y (B,T,H,N), the states after the pieces."""
+        n, ys, ends = seq.piece, [], []
+        if self.jrt is not None and seeds[0] is not None:
+            seeds = self.jrt.gather(seeds)
         for i, (seed, *piece) in enumerate(zip(seeds, *(z.split(n, 1) for z in inputs))):
             y, end = wkv7_leaky(*piece, *self.start(s0, seed))
             if i and seq.valid is not None:            # a row that has ended is not seeded again
@@ -848,6 +876,10 @@ class Denoiser(nn.Module):
                 raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
         Block.check(cfg)
         TimeEmbedding.check(cfg)
+        for key in ("dw_jrt_chunk", "read_twice"):
+            if getattr(cfg, key) and (direction(cfg) != "causal" or cfg.latent_dim):
+                raise ValueError(f"{key}={getattr(cfg, key):d} is for direction=causal without latents: "
+                                 "leave it out")
         if cfg.latent_dim:
             LatentPrefix.check(cfg)
         if cfg.latent_encoder != "none":
@@ -870,12 +902,28 @@ class Denoiser(nn.Module):
                                  "and only with whole rows, not with a state")
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
+        twice = None
+        if cfg.read_twice and not finished_text:
+            x, time, lengths, twice = self.doubled(x, time, lengths)
         seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for at, i in enumerate(self.order):
             x, s, carry = self.blocks[i](x, None if state is None else state[at], seq, carry)
             states.append(s)
+        if twice is not None:
+            x, lengths = x.gather(1, twice[..., None].expand(-1, -1, x.shape[2])), lengths // 2
         return self.heads(self.ln_out(x), lengths, has_latent, states)
+
+    def doubled(self, x, time, lengths):
+        """Each row twice (read twice: JRT, arXiv 2407.05483), the second time right after its last real token
+        -> x (B,2T,C), time, lengths, and where the second reading is, (B,T)."""
+        B, T, C = x.shape
+        lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
+        at, n = torch.arange(2 * T, device=x.device).expand(B, -1), lengths[:, None]
+        source = torch.where(at < n, at, at - n).clamp_max(T - 1)
+        again = lambda z: z.gather(1, source[..., None].expand(-1, -1, C))
+        time = time if time is None or time.shape[1] == 1 else again(time.expand(-1, T, -1))
+        return again(x), time, 2 * lengths, at[:, :T] + n
 
     def embed_time(self, x, t, latent_t, lengths, n):
         """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where nothing looks at it."""
@@ -1026,7 +1074,7 @@ def initial(cfg):
         "att.query.weight": orthogonal(1.0), "att.receptance.weight": orthogonal(1.0),
         "att.key.weight": orthogonal(0.1), "att.value.weight": orthogonal(1.0), "att.output.weight": full(0),
         "att.ln_x.weight": lambda p, i: torch.full((C,), ((1 + i) / L) ** 0.7), "att.ln_x.bias": full(0),
-        "att.jrt.alpha": full(cfg.dw_jrt_alpha_init),
+        "att.jrt.alpha": full(cfg.dw_jrt_alpha_init), "att.jrt.beta": full(0),
         "ffn.x_k": lambda p, i: 1 - ddd ** ((1 - i / L) ** 4),
         "ffn.key.weight": orthogonal(1.0), "ffn.value.weight": full(0),
         **{f"{ln}.weight": full(1) for ln in ("ln0", "ln1", "ln2", "ln_out")},

@@ -94,7 +94,9 @@ def test_a_bidirectional_model_takes_a_piece_as_one_block():
 
 RAGGED = NETS | {"causal attention": replace(SMALL, mixer="attention", direction="causal"), "biwkv": replace(SMALL, mixer="biwkv"),
                  "bidirectional": replace(SMALL, direction="bidirectional", dw_jrt=True, time_cond="add"),
-                 "alternate wide": replace(SMALL, direction="alternate", ffn_shift="wide")}
+                 "alternate wide": replace(SMALL, direction="alternate", ffn_shift="wide"), "causal wide": replace(SMALL, ffn_shift="wide"),
+                 "chunks": replace(SMALL, dw_jrt=True, dw_jrt_inject="reverse", dw_jrt_chunk=3), "twice": replace(SMALL, read_twice=True, time_cond="film"),
+                 "twice, wide": replace(SMALL, read_twice=True, ffn_shift="wide", dw_jrt=True)}
 
 
 @pytest.mark.parametrize("name", RAGGED)
@@ -296,7 +298,9 @@ def test_rms_norm_and_tied_embeddings():
 @pytest.mark.parametrize("change,words", [
     (dict(mixer="rwkv8"), "'rwkv8' is unknown: choose from rwkv7, biwkv, attention"), (dict(block_size=0), "block_size=0 is not allowed"),
     (dict(mixer="biwkv", direction="causal"), "direction='causal' is not for mixer=biwkv: choose one of bidirectional"),
-    (dict(direction="block", dw_jrt=True), "dw_jrt_inject=leak forgets .* choose dw_jrt_inject=gate"), (dict(time_dim=3), "time_dim=3")])
+    (dict(direction="block", dw_jrt=True), "dw_jrt_inject=leak forgets .* choose dw_jrt_inject=gate"),
+    (dict(dw_jrt=True, dw_jrt_chunk=4), "forgets the state that crosses chunks"), (dict(dw_jrt=True, dw_jrt_inject="reverse"), "give dw_jrt_chunk"),
+    (dict(direction="alternate", dw_jrt_chunk=4), "dw_jrt_chunk=4 is for direction=causal"), (dict(latent_dim=4, read_twice=True), "read_twice=1 is for"), (dict(time_dim=3), "time_dim=3")])
 def test_impossible_networks(change, words):
     with pytest.raises(ValueError, match=words):
         Denoiser(replace(SMALL, **change))

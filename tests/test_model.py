@@ -65,7 +65,7 @@ def test_token_by_token_equals_the_whole():
 @pytest.mark.parametrize("inject", [None, *nets.DW_JRT_INJECT])
 def test_padding_changes_nothing(inject):
     """Rows of different lengths in one batch give the logits, states and gradients of the rows alone."""
-    cfg = replace(SMALL, dw_jrt=inject is not None, dw_jrt_inject=inject or "gate")
+    cfg = replace(SMALL, dw_jrt=inject is not None, dw_jrt_inject=inject or "gate", dw_jrt_chunk=5 * (inject == "reverse"))
     net, lengths = randomised(cfg), torch.tensor([9, 4, 13])
     x = torch.randint(12, (3, 13))
     out = net(x, lengths=lengths)
@@ -97,7 +97,7 @@ def test_the_mask_cannot_be_predicted_and_causality():
 @torch.no_grad()
 @pytest.mark.parametrize("inject", nets.DW_JRT_INJECT)
 def test_dw_jrt_lets_the_left_see_the_right(inject):
-    net = randomised(replace(SMALL, dw_jrt=True, dw_jrt_inject=inject))
+    net = randomised(replace(SMALL, dw_jrt=True, dw_jrt_inject=inject, dw_jrt_chunk=3 * (inject == "reverse")))
     x = torch.randint(12, (1, 20))
     y = x.clone()
     y[0, -1] = (y[0, -1] + 1) % 12
@@ -108,19 +108,19 @@ def test_dw_jrt_lets_the_left_see_the_right(inject):
 @pytest.mark.parametrize("carried", [False, True])
 def test_dw_jrt_forms_by_their_definitions(inject, carried):
     """One layer's scan against the token loop written out as DESIGN section 4 has it, in float64."""
-    cfg = replace(SMALL, dw_jrt=True, dw_jrt_inject=inject, dw_jrt_scale=1.7)
+    cfg = replace(SMALL, dw_jrt=True, dw_jrt_inject=inject, dw_jrt_scale=1.7, dw_jrt_chunk=3 * (inject == "reverse"))
     mixer, (B, T, H, N) = randomised(cfg).blocks[1].att, (2, 7, 4, 16)
     r, w, k, v, a, b = (torch.randn(B, T, H, N) * 0.4 for _ in range(6))
     w, seed, ctx = -w.abs(), torch.randn(B, H, N, N), torch.randn(B, H, N, N) if carried else None
-    if carried and inject != "gate":      # they would forget what was carried
+    gated = inject in ("gate", "reverse")
+    if carried and not gated:             # they would forget what was carried
         with pytest.raises(ValueError, match="use dw_jrt_inject=gate"):
             mixer.start(ctx, seed)
         return
     y, s_end = wkv7_leaky(r, w, k, v, a, b, *mixer.start(ctx, seed))
     g = mixer.jrt.alpha.sigmoid().double()[:, None, None] if inject != "init" else None
     base = torch.zeros(B, H, N, N, dtype=torch.float64) if ctx is None else ctx.double()
-    s = {"init": lambda: 1.7 * seed.double(), "gate": lambda: base + g * (1.7 * seed.double() - base),
-         "leak": lambda: 1.7 * seed.double()}[inject]()
+    s = base + g * (1.7 * seed.double() - base) if gated else 1.7 * seed.double()
     for t in range(T):
         rt, wt, kt, vt, at, bt = (z[:, t].double() for z in (r, w, k, v, a, b))
         s = s * wt.exp()[:, :, None, :] + (s @ at[..., None]) @ bt[:, :, None, :] + vt[..., None] @ kt[:, :, None, :]
@@ -139,6 +139,43 @@ def test_dw_jrt_gradient_flows_through_depth_and_starts_where_told():
     net(x).logits[0, 0].sum().backward()
     assert x.grad[0, -1].abs().max() > 1e-6
     assert all(block.att.jrt.alpha.grad.abs().max() > 0 for block in net.blocks[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inject", ["gate", "reverse"])
+def test_chunk_seeds_by_their_definition(inject):
+    """The second layer, chunk by chunk, each from the carried state and what the layer below has after this chunk and those that come."""
+    n, T = 4, 14
+    net, x = randomised(replace(SMALL, n_layer=2, dw_jrt=True, dw_jrt_inject=inject, dw_jrt_scale=1.7, dw_jrt_chunk=n)), torch.randint(12, (2, 14))
+    plain, (first, second) = replace(net.cfg, dw_jrt=False), net.blocks
+    sequence = lambda z: nets.Sequence.of(z, plain, None, None, 1, False, None, None)
+    start, jrt = first.ln0(net.emb(x)), second.att.jrt
+    below, _, carry = first(start, None, sequence(start), nets.Carry())
+    ends = [first(start[:, :m], None, sequence(start[:, :m]), nets.Carry())[1].mix for m in (4, 8, 12, 14)]
+    rho, seeds = jrt.beta.sigmoid()[:, None, None] if inject == "reverse" else 0, ends[-1:]
+    for end in ends[-2::-1]:
+        seeds.insert(0, (1 - rho) * end + rho * seeds[0])
+    state, ys, g = None, [], jrt.alpha.sigmoid()[:, None, None]
+    second.att.jrt = None
+    for at, seed in zip(range(0, T, n), seeds):
+        carried = torch.zeros_like(seed) if state is None else state.mix
+        s0 = (1 - g) * carried + g * 1.7 * seed
+        state = nets.LayerState(s0, *(torch.zeros(2, 64), torch.zeros(2, 64)) if state is None else state[1:])
+        piece = below[:, at:at + n]
+        y, state, _ = second(piece, state, sequence(piece), nets.Carry(v_first=carry.v_first[:, at:at + n]))
+        ys.append(y)
+    second.att.jrt = jrt
+    assert torch.allclose(net(x).hidden, net.ln_out(torch.cat(ys, 1)), atol=1e-5)
+    assert torch.allclose(net(x).state[1].mix, state.mix, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_read_twice_is_predicted_at_the_second_reading():
+    net, x = randomised(replace(SMALL, read_twice=True)), torch.randint(12, (2, 9))
+    once = Denoiser(replace(net.cfg, read_twice=False)).eval()
+    once.load_state_dict(net.state_dict())
+    assert torch.allclose(net(x).logits, once(torch.cat([x, x], 1)).logits[:, 9:], atol=1e-5)
+    assert torch.equal(net(x, finished_text=True).logits, once(x, finished_text=True).logits)
 
 
 def test_one_layer_works():
