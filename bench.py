@@ -11,6 +11,8 @@
     python bench.py --suite=gaussian    Gaussian diffusion, one part changed at a time; masked diffusion
     python bench.py --suite=latent      texts with latents: both directions, Stage II, language kept
     python bench.py --suite=direction   milliseconds of one denoising step of the networks of --suite=flops
+    python bench.py --suite=study       where DW-JRT helps: forms of seeds, tasks and text, longer rows
+    python bench.py --suite=dashboard   a checklist of diffusion models, one table and one picture
     python bench.py --suite=gpu         kernels against float64, speed and its limits, training, generation
 
 A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
@@ -19,6 +21,8 @@ from configurator import stoppable
 
 if __name__ == "__main__":
     stoppable()
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -32,12 +36,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import timeit
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import diffusion
 import model as nets
@@ -47,9 +53,10 @@ from configurator import configure, one_line_errors
 # ---- settings ----
 suite = "step"              # which table
 rounds = 3                  # [1, 1000] how often speed is measured, in turn; the median is shown
-data_path = ""              # ablation, text, gaussian, latent: the text; empty = Python's standard library
+data_path = ""              # the text of those suites that learn one; empty = Python's standard library
 out = "bench"               # folder of the tables as JSON
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
+jobs = 1                    # [1, 1024] training runs at a time, each with so many threads
 only = ""                   # rows between ; (tasks: part of a name; text: pace = step times; gpu: parts)
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
@@ -85,12 +92,15 @@ def step_ms(folder):
 def checkpoint(folder):
     return os.path.join(folder, "ckpt.pt")
 
+LOCKS = collections.defaultdict(threading.Lock)          # of the folders that are being trained in
+
 def trained(runs, name, work):
     """The folder of a run below `work`; it and its start are trained unless their checkpoints are there."""
     folder, run = os.path.join(work, f"quick {name}" if quick else name), runs[name]
-    if not os.path.exists(checkpoint(folder)):
-        start = [f"--init_from={checkpoint(trained(runs, run.start, work))}"] if run.start else []
-        train(run.options + start, folder, run.env)
+    with LOCKS[folder]:
+        if not os.path.exists(checkpoint(folder)):
+            start = [f"--init_from={checkpoint(trained(runs, run.start, work))}"] if run.start else []
+            train(run.options + start, folder, run.env)
     return folder
 
 def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
@@ -98,21 +108,30 @@ def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
     logs say and measure() finds. names: only these, and what they start from; work: the folder where the runs
     stay. -> {name: figures} of all in the file."""
     found = earlier(suite)
-    for name in runs if names is None else names:
-        if name in found:
-            continue
+
+    def figures(name):
         with contextlib.nullcontext(work) if work else tempfile.TemporaryDirectory() as place:
             folder = trained(runs, name, place)
             first, *_, last = read_log(folder)
-            figures = {"parameters": first["parameters"], "active": first["active"]}
-            figures["ms"] = statistics.median(step_ms(folder))
-            figures |= {key: last[metric] for key, metric in runs[name].metrics.items() if metric in last}
-            found[name] = figures | measure(name, folder)
-        write(suite, {"runs": found})
-        shown = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in found[name].items()}
-        shown = [f"{key} {x}" for key, x in shown.items() if not isinstance(x, list)]
-        print(f"{name}: {', '.join(shown)}", flush=True)
-    return found
+            numbers = {"parameters": first["parameters"], "active": first["active"]}
+            numbers["ms"] = statistics.median(step_ms(folder))
+            numbers |= {key: last[metric] for key, metric in runs[name].metrics.items() if metric in last}
+            return numbers | measure(name, folder)
+
+    todo = [name for name in (runs if names is None else names) if name not in found]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        going = {pool.submit(figures, name): name for name in todo}
+        try:
+            for done in tqdm(concurrent.futures.as_completed(going), suite, len(going), False, disable=None):
+                name = going[done]
+                found[name] = done.result()
+                write(suite, {"runs": found})
+                shown = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in found[name].items()}
+                shown = [f"{key} {x}" for key, x in shown.items() if not isinstance(x, list)]
+                tqdm.write(f"{name}: {', '.join(shown)}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {name: found[name] for name in [*runs, *found] if name in found}
 
 def by_name(found):
     """{"NAME, seed S": figures} -> {name: {figure: its values over the seeds}}."""
@@ -186,22 +205,31 @@ def table(title, head, cells, rows):
 def table_of_ms(title, ms, form="{ms:.1f}"):
     table(title, "network | ms", form, {name: {"ms": value} for name, value in ms.items()})
 
-def plot(name, title, curves):
-    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
+def pyplot():
+    """matplotlib's module for pictures in files, None if it is not there."""
     try:
         import matplotlib
     except ImportError:
-        return print("  (pip install matplotlib for the curves)")
+        return print("  (pip install matplotlib for the pictures)")
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    return importlib.import_module("matplotlib.pyplot")
+
+def save_figure(name, figure):
+    path = where(name).removesuffix("json") + "png"
+    figure.savefig(path, dpi=100)
+    print(f"  picture: {path}")
+
+def plot(name, title, curves):
+    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (label, (steps, values)) in enumerate(curves.items()):
         ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
     ax.set(title=title, xlabel="step")
     ax.legend(fontsize=7, ncols=2)
-    path = where(name).removesuffix("json") + "png"
-    figure.savefig(path, dpi=100)
-    print(f"  curves: {path}")
+    save_figure(name, figure)
 
 # ---- quality ----
 
@@ -588,7 +616,8 @@ def from_file(name):
 SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks,
           "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation,
           "generate": suite_generate}
-SUITES |= {name: lambda name=name: from_file(name).suite() for name in ("text", "gaussian", "latent", "gpu")}
+SUITES |= {name: lambda name=name: from_file(name).suite()
+           for name in ("text", "gaussian", "latent", "study", "dashboard", "gpu")}
 
 def main():
     if threads:

@@ -851,7 +851,7 @@ class Gaussian(Objective):
             metrics["alarm"] = alarm
         return metrics, (x[0], shown[0], predicted[0])
 
-    def bound(self, net, x, generator, draws=8):
+    def bound(self, net, x, generator, draws=2):
         """Full rows x (B,T) -> an upper bound on -log p(x) / T of each, (B,) nats per token; and of each of
         draws * B noise levels what it adds, and ln(noise / signal) there.
 

@@ -35,15 +35,19 @@ def latent_runs(text, pairs):
     runs["backbone"].options.append(f"--data_path={text}")
     return runs
 
-def suite():
-    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components
-    of their n-grams. The runs stay in OUT/local."""
-    work, n = os.path.join(bench.out, "local"), 8 if bench.quick else 64
+def texts():
+    """-> the folder of runs, that of texts with latents, made where there is none, and the file of texts."""
+    work = os.path.join(bench.out, "local")
     pairs = os.path.join(work, "pairs.quick" if bench.quick else "pairs")
     make = ["latents", f"--data_path={bench.data_path}", f"--out={pairs}"]
     if not data.has_pairs(pairs) and data.main(make):
         raise RuntimeError("python data.py latents failed")
-    text = bench.data_path or os.path.join(pairs, "text.txt")
+    return work, pairs, bench.data_path or os.path.join(pairs, "text.txt")
+
+def suite():
+    """On the validation split of python data.py latents of data_path: texts of 128 characters, 32 components
+    of their n-grams. The runs stay in OUT/local."""
+    (work, pairs, text), n = texts(), 8 if bench.quick else 64
     source, held_out = data.PairSource(pairs, 128), data.TextSource(text, 128, "byte").eval_rows(n * 4)[0]
     runs = latent_runs(text, pairs)
 

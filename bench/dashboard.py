@@ -1,0 +1,153 @@
+"""python bench.py --suite=dashboard: what a text diffusion model is asked for, small, in one run: latents, texts
+from denoised embeddings, is language kept, speed, and quality against speed by block size and steps."""
+import os
+import time
+
+import torch
+
+import bench
+import data
+import diffusion
+from bench import Run, bigram_kl, from_file, pyplot, quality, reopened, save_figure, table, trained
+
+T, LEVELS, BLOCKS, CALLS = 128, (0.2, 0.35, 0.5, 0.65, 0.8), (32, 64, 128), (2, 4, 8, 16, 32)
+
+def runs_on(text, pairs):
+    """All of bytes and 128 channels, four layers, T=128; {name: Run}."""
+    steps = 10 if bench.quick else 300
+    common = [f"--max_iters={steps}", "--eval_interval=100000", "--tokenizer=byte", "--eval_iters=2"]
+    if bench.quick:
+        common += ["--batch_size=4"]
+    causal = "--direction=causal --ffn_shift=before"
+    rows = {"next token": ("", f"config/latent.py --objective=ar {causal} --data_path={text}"),
+            "latents": ("next token", "config/latent.py --objective=sequential --predict=next --ffn_shift=before "
+                                      f"--data_path={pairs}"),
+            "embeddings": ("", f"config/gaussian.py --data_path={text}"),
+            "blocks": ("", "config/shakespeare.py --objective=mixture --direction=block --block_sizes=32,64,0 "
+                           f"--data_path={text}")}
+    return {name: Run(options.split() + common, start=start) for name, (start, options) in rows.items()}
+
+class Judge:
+    """The network of next tokens: how likely, and in features how near to held-out text, are texts?"""
+
+    def __init__(self, folder, held_out):
+        self.net, cfg = reopened(folder)
+        self.exact, self.held_out = diffusion.NextToken(cfg, self.net.cfg), held_out
+        self.own = self.features(held_out)
+
+    @torch.no_grad()
+    def features(self, ids):
+        return diffusion.read_on(self.net)(ids).hidden.mean(1).numpy()
+
+    def scores(self, ids):
+        """-> nats per token of texts (B,T); divergence of their bigrams; MAUVE if mauve-text is installed."""
+        found = {"nats": self.exact.bound(self.net, ids).mean().item(), "kl": bigram_kl(ids, self.held_out)}
+        try:
+            import mauve
+        except ImportError:
+            return found
+        compared = mauve.compute_mauve(p_features=self.own, q_features=self.features(ids), verbose=False)
+        return found | {"mauve": float(compared.mauve)}
+
+def denoised(folder, judge, source):
+    """Held-out texts noised whole, denoised in one pass and drawn by nucleus sampling; and texts from noise."""
+    (net, cfg), x, draws = reopened(folder), judge.held_out, data.generator(1, 0, 3)
+    found, table_ = {"bleu": [], "right": []}, net.table()
+    for level in LEVELS:
+        t = torch.full(x.shape, level)
+        eps = torch.randn(*x.shape, table_.shape[1], generator=draws)
+        logits = diffusion.estimate(net, diffusion.embedded(x, t, eps, table_, cfg)[1], t, table_, cfg).logits
+        y = diffusion.draw(logits, 1.0, 0, 0.9, draws)[0]
+        found["right"].append((y == x).float().mean().item())
+        found["bleu"].append(bleu(source, y, x))
+    nothing = torch.full(x.shape, net.mask_id)
+    y = diffusion.SAMPLERS["ddim"](net, nothing, nothing != net.mask_id, net.mask_id, draws, cfg=cfg, steps=50,
+                                   top_p=0.9, temperature=1.0)
+    return found | judge.scores(y) | {"sample": source.tokenizer.decode(y[0].tolist())}
+
+def bleu(source, y, x):
+    """Of texts y against x, in %; None without sacrebleu."""
+    try:
+        import sacrebleu
+    except ImportError:
+        return None
+    texts, truth = (list(map(source.tokenizer.decode, z.tolist())) for z in (y, x))
+    return sacrebleu.corpus_bleu(texts, [truth], force=True).score
+
+def pareto(folder, judge):
+    """{"block N, S calls": quality and tokens per second} of texts from one network of several block sizes."""
+    (net, cfg), x, found = reopened(folder), judge.held_out, {}
+    objective = diffusion.OBJECTIVES[cfg.objective](cfg, net.cfg)
+    nothing = torch.full(x.shape, net.mask_id)
+    for n in BLOCKS:
+        for calls in (c for c in CALLS if c <= n and not (bench.quick and c > 2)):
+            begun = time.perf_counter()
+            y = objective.fill(net, nothing, nothing != net.mask_id, data.generator(1, 0, 3), "block",
+                               block_size=n, inner="topk", steps=calls)
+            speed = y.numel() / (time.perf_counter() - begun)
+            found[f"block {n}, {calls} calls"] = judge.scores(y) | {"tokens_per_s": speed}
+    return found
+
+def suite():
+    """In less than half an hour on two cores; the runs stay in OUT/local."""
+    latent, n = from_file("latent"), 8 if bench.quick else 256
+    work, pairs, text = latent.texts()
+    work = os.path.join(work, "dashboard")
+    source = data.TextSource(text, T, "byte")
+    held_out, runs = source.eval_rows(n)[0], runs_on(text, pairs)
+    judge = Judge(trained(runs, "next token", work), held_out)
+
+    @torch.no_grad()
+    def measure(name, folder):
+        net, cfg = reopened(folder)
+        if name == "latents":
+            x, _, lengths, z = data.PairSource(pairs, T).eval_rows(10 * n)
+            found = diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
+            found |= latent.text_scores(net, cfg, data.PairSource(pairs, T), x[:64], z[:64])
+            return found | {"perplexity": latent.perplexity(folder, trained(runs, "next token", work), held_out)}
+        if name == "next token":
+            return {"perplexity": latent.perplexity(folder, folder, held_out)} | judge.scores(held_out)
+        return denoised(folder, judge, source) if name == "embeddings" else {"pareto": pareto(folder, judge)}
+    found = quality("dashboard", runs, measure, work=work)
+    speed = from_file("gaussian").denoising_ms()
+    shown(found, speed)
+    return {"runs": found, "speed": speed}
+
+def shown(found, speed):
+    """The table and the picture."""
+    z, free, blocks = found["latents"], found["embeddings"], found["blocks"]["pareto"]
+    rows = {"latent from text, squared error (of the mean's)": f"{z['latent_mse'] / z['latent_mse_of_mean']:.3f}",
+            "text from its latent, BLEU / chrF": f"{z.get('bleu', 0):.2f} / {z.get('chrf', 0):.1f}",
+            "perplexity per byte of next tokens, before and after latents":
+                f"{found['next token']['perplexity']:.2f} -> {z['perplexity']:.2f}",
+            "texts from noise, 50 steps, top_p 0.9: nats per byte (of held-out text)":
+                f"{free['nats']:.2f} ({found['next token']['nats']:.2f})",
+            "... their bigrams' divergence": f"{free['kl']:.3f}",
+            "... MAUVE (features of our own network)": f"{free['mauve']:.3f}" if "mauve" in free else "not installed"}
+    rows |= {f"a step at 512 tokens, ms: {name}": f"{ms:.1f}" for name, ms in speed.items()}
+    table("the dashboard", "what | figure", "{x}", {name: {"x": x} for name, x in rows.items()})
+    table("texts in blocks: likelier texts are not always better ones, so see the divergence, too",
+          "block, calls per block | nats per byte | bigram divergence | MAUVE | tokens per second",
+          "{nats:.3f} | {kl:.3f} | {mauve:.3f} | {tokens_per_s:.0f}", blocks)
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for n in BLOCKS:
+        mine = [row for key, row in blocks.items() if key.startswith(f"block {n},")]
+        a.plot([row["tokens_per_s"] for row in mine], [row["kl"] for row in mine], "o-", label=f"blocks of {n}")
+    a.set(title="quality against speed, by calls per block", xlabel="tokens per second", xscale="log",
+          ylabel="bigram divergence, nats")
+    a.legend()
+    b.plot(LEVELS, [100 * x for x in free["right"]], "o-", label="tokens right, %")
+    if None not in free["bleu"]:
+        b.plot(LEVELS, free["bleu"], "s-", label="BLEU, %")
+    b.set(title="texts from denoised embeddings, nucleus 0.9", xlabel="noise level")
+    b.legend()
+    c.barh(list(speed), list(speed.values()))
+    c.set(title="one of 50 denoising steps at 512 tokens, ms")
+    words = ["", "_shuffled", "_no_latent"]
+    d.bar(["its own", "another's", "none"], [z[f"text_nats{word}"] for word in words])
+    d.set(title="text given a latent: bound, nats per byte",
+          ylim=(0.95 * min(z[f"text_nats{word}"] for word in words), None))
+    save_figure("dashboard", figure)

@@ -1,0 +1,100 @@
+"""python bench.py --suite=study: where DW-JRT helps: causal RWKV-7 with each form of seed, rows read twice,
+shifts to both sides, alternating and two scans, attention; at equal steps and parameters, at equal time."""
+import statistics
+from dataclasses import replace
+
+import torch
+
+import bench
+import data
+import diffusion
+import model as nets
+import tasks
+from bench import Run, by_name, chosen, parameters, quality, spread, table, training_ms
+
+SEED = dict(dw_jrt=True, dw_jrt_scale=1.0, dw_jrt_alpha_init=0.0)
+NETWORKS = {   # fields of ModelConfig beside direction=causal
+    "causal": {},
+    "seed, gate": SEED | dict(dw_jrt_inject="gate"),
+    "seed, leak": SEED | dict(dw_jrt_inject="leak"),
+    "seed, reverse, chunks of 8": SEED | dict(dw_jrt_inject="reverse", dw_jrt_chunk=8),
+    "read twice": dict(read_twice=True),
+    "wide shift": dict(ffn_shift="wide"),
+    "wide shift, seed, leak": SEED | dict(dw_jrt_inject="leak", ffn_shift="wide"),
+    "alternate": dict(direction="alternate"),
+    "two-way": dict(direction="bidirectional"),
+    "attention": dict(mixer="attention", direction="bidirectional")}
+# task: (trained and measured with, measured again with: longer rows, fuller sets, more holes)
+TASKS = {"struct": ({}, dict(len=12)), "rightcopy": ({}, dict(len=12)), "rightrev": ({}, dict(len=12)),
+         "index": ({}, dict(len=24)), "add": ({}, dict(len=12)), "kvsort": (dict(n_test=4), dict(n_test=7)),
+         "permfill": (dict(n_test=6), dict(n_test=10)), "sudoku": ({}, dict(holes_test=12)),
+         "text": ({}, dict(len=256))}
+RATES = (0.007, 0.014, 0.028)      # of Muon, tried with every network: this is the grid
+TUNED_ON = ("struct", "rightrev", "kvsort")
+SIZES = {"task": nets.ModelConfig(n_layer=2, direction="causal", vocab_size=32),
+         "text": nets.ModelConfig(direction="causal", vocab_size=65, rank_w=16, rank_a=16, rank_v=16, rank_g=32, dim_ffn=592)}
+
+def options(network, task, steps, seed, rate):
+    """Of train.py: the network with as many parameters as the causal one."""
+    base = SIZES["text" if task == "text" else "task"]
+    cfg = replace(base, **NETWORKS[network])
+    spare = round((parameters(base) - parameters(cfg)) / (2 * cfg.n_embd * cfg.n_layer))
+    given = {"direction": "causal", "ffn_shift": "before"} | NETWORKS[network]
+    given |= dict(dim_ffn=(base.dim_ffn or 4 * base.n_embd) + spare, max_iters=steps, random_seed=seed)
+    given |= dict(muon_lr=rate * (2 if task == "text" else 1), eval_interval=100000)
+    if task == "text":
+        start = ["config/shakespeare.py", f"--data_path={bench.data_path}"]
+    else:
+        start = [f"--{task}_task=1", *(f"--{task}_{key}={value}" for key, value in TASKS[task][0].items())]
+    return start + [f"--{key}={value}" for key, value in given.items()]
+
+def longer(task, folder):
+    """Accuracy, exact match or bits of a run on the second kind of rows."""
+    net, cfg = bench.reopened(folder)
+    objective, draws = diffusion.OBJECTIVES[cfg.objective or "task"](cfg, net.cfg), data.generator(1234, 0, 2)
+    own, other = TASKS[task]
+    with torch.no_grad():
+        if task == "text":
+            source, n = data.TextSource(bench.data_path, other["len"], "char"), 8 if bench.quick else 640
+            nats = (objective.bound(net, part, draws) for part in source.eval_rows(n)[0].split(64))
+            return {"longer": source.report(nats)["bits_per_char"]}
+        settings = tasks.params(task, {f"{task}_{key}": value for key, value in (own | other).items()})
+        source = data.TaskSource(task, settings, 128)
+        found, _ = objective.evaluate(net, source, source.eval_rows(200, 1234), draws, 64)
+    return {"longer": found[f"{task}_acc"], "longer_exact": found[f"{task}_exact"]}
+
+def studied(runs):
+    """{name: (network, task, Run)} trained, measured and kept -> {name: figures}."""
+    def measure(name, folder):
+        return longer(runs[name][1], folder)
+    return quality("study", {name: run for name, (*_, run) in runs.items()}, measure)
+
+def run_of(network, task, steps, seed, rate):
+    metrics = {"bits": "bits_per_char"} if task == "text" else {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+    small = ["--batch_size=4", "--eval_iters=2"] if bench.quick else []
+    return network, task, Run(options(network, task, steps, seed, rate) + small, metrics)
+
+def suite():
+    """The rate is chosen for each network on seed 1, the same grid for all; figures are of three other seeds."""
+    networks, few = chosen(NETWORKS), bench.quick
+    steps = {task: 10 if few else 300 if task == "text" else 400 for task in TASKS}
+    tasks_, seeds = (("struct", "text"), (1337,)) if few else (TASKS, (1337, 1338, 1339))
+    grid = {(network, rate): [f"tuning {network}, rate {rate}, {task}, seed 1" for task in TUNED_ON]
+            for network in networks for rate in (RATES[:1] if few else RATES)}
+    tuning = {name: run_of(network, task, 10 if few else 300, 1, rate)
+              for (network, rate), names in grid.items() for task, name in zip(TUNED_ON, names)}
+    found = studied(tuning)
+    best, pace = {}, {}
+    for network in networks:
+        score = {rate: statistics.mean(found[name]["acc"] for name in names)
+                 for (mine, rate), names in grid.items() if mine == network}
+        best[network] = max(score, key=score.get)
+        pace[network] = statistics.median(found[name]["ms"] for (mine, _), names in grid.items()
+                                          if mine == network for name in names)
+    table("the rate of each network", "network | rate | ms", "{rate} | {ms:.1f}",
+          {network: dict(rate=best[network], ms=pace[network]) for network in networks})
+    runs = {f"{network}, {task}, {steps[task]} steps, seed {seed}":
+            run_of(network, task, steps[task], seed, best[network])
+            for task in tasks_ for seed in seeds for network in networks}
+    found = studied(runs)
+    return {"runs": found}
