@@ -174,10 +174,10 @@ def earlier(suite):
             seeds[name] = {"acc": acc, "exact": exact}
     return seeds
 
-def spread(values):
+def spread(values, digits=4):
     """Mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 class Figure(float):
     """A number that can be formatted with a unit: f"{Figure(981120):.2M}" is "0.98 M"."""

@@ -1,5 +1,5 @@
-"""python bench.py --suite=dashboard: what a text diffusion model is asked for, small, in one run: latents, texts
-from denoised embeddings, is language kept, speed, and quality against speed by block size and steps."""
+"""python bench.py --suite=dashboard: what a text diffusion model is asked for, small, in one run: latents,
+texts from denoised embeddings, is language kept, speed, quality against speed by block size and steps."""
 import os
 import time
 
@@ -20,11 +20,11 @@ def runs_on(text, pairs):
         common += ["--batch_size=4"]
     causal = "--direction=causal --ffn_shift=before"
     rows = {"next token": ("", f"config/latent.py --objective=ar {causal} --data_path={text}"),
-            "latents": ("next token", "config/latent.py --objective=sequential --predict=next --ffn_shift=before "
-                                      f"--data_path={pairs}"),
+            "latents": ("next token", "config/latent.py --objective=sequential --predict=next "
+                                      f"--ffn_shift=before --data_path={pairs}"),
             "embeddings": ("", f"config/gaussian.py --data_path={text}"),
-            "blocks": ("", "config/shakespeare.py --objective=mixture --direction=block --block_sizes=32,64,0 "
-                           f"--data_path={text}")}
+            "blocks": ("", "config/shakespeare.py --objective=mixture --direction=block "
+                           f"--block_sizes=32,64,0 --data_path={text}")}
     return {name: Run(options.split() + common, start=start) for name, (start, options) in rows.items()}
 
 class Judge:
@@ -50,7 +50,7 @@ class Judge:
         return found | {"mauve": float(compared.mauve)}
 
 def denoised(folder, judge, source):
-    """Held-out texts noised whole, denoised in one pass and drawn by nucleus sampling; and texts from noise."""
+    """Held-out texts noised whole, denoised in one pass, drawn by nucleus sampling; and texts from noise."""
     (net, cfg), x, draws = reopened(folder), judge.held_out, data.generator(1, 0, 3)
     found, table_ = {"bleu": [], "right": []}, net.table()
     for level in LEVELS:
@@ -61,8 +61,8 @@ def denoised(folder, judge, source):
         found["right"].append((y == x).float().mean().item())
         found["bleu"].append(bleu(source, y, x))
     nothing = torch.full(x.shape, net.mask_id)
-    y = diffusion.SAMPLERS["ddim"](net, nothing, nothing != net.mask_id, net.mask_id, draws, cfg=cfg, steps=50,
-                                   top_p=0.9, temperature=1.0)
+    y = diffusion.SAMPLERS["ddim"](net, nothing, nothing != net.mask_id, net.mask_id, draws, cfg=cfg,
+                                   steps=50, top_p=0.9, temperature=1.0)
     return found | judge.scores(y) | {"sample": source.tokenizer.decode(y[0].tolist())}
 
 def bleu(source, y, x):
@@ -75,7 +75,7 @@ def bleu(source, y, x):
     return sacrebleu.corpus_bleu(texts, [truth], force=True).score
 
 def pareto(folder, judge):
-    """{"block N, S calls": quality and tokens per second} of texts from one network of several block sizes."""
+    """{"block N, S calls": quality and tokens per second} of texts from one network of several sizes."""
     (net, cfg), x, found = reopened(folder), judge.held_out, {}
     objective = diffusion.OBJECTIVES[cfg.objective](cfg, net.cfg)
     nothing = torch.full(x.shape, net.mask_id)
@@ -102,9 +102,9 @@ def suite():
         net, cfg = reopened(folder)
         if name == "latents":
             x, _, lengths, z = data.PairSource(pairs, T).eval_rows(10 * n)
-            found = diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
-            found |= latent.text_scores(net, cfg, data.PairSource(pairs, T), x[:64], z[:64])
-            return found | {"perplexity": latent.perplexity(folder, trained(runs, "next token", work), held_out)}
+            found = {"perplexity": latent.perplexity(folder, trained(runs, "next token", work), held_out)}
+            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
+            return found | latent.text_scores(net, cfg, data.PairSource(pairs, T), x[:64], z[:64])
         if name == "next token":
             return {"perplexity": latent.perplexity(folder, folder, held_out)} | judge.scores(held_out)
         return denoised(folder, judge, source) if name == "embeddings" else {"pareto": pareto(folder, judge)}
@@ -116,14 +116,15 @@ def suite():
 def shown(found, speed):
     """The table and the picture."""
     z, free, blocks = found["latents"], found["embeddings"], found["blocks"]["pareto"]
-    rows = {"latent from text, squared error (of the mean's)": f"{z['latent_mse'] / z['latent_mse_of_mean']:.3f}",
+    mse, mean = z["latent_mse"], z["latent_mse_of_mean"]
+    rows = {"latent from text, squared error (of the mean's)": f"{mse:.3f} ({mse / mean:.3f})",
             "text from its latent, BLEU / chrF": f"{z.get('bleu', 0):.2f} / {z.get('chrf', 0):.1f}",
             "perplexity per byte of next tokens, before and after latents":
                 f"{found['next token']['perplexity']:.2f} -> {z['perplexity']:.2f}",
             "texts from noise, 50 steps, top_p 0.9: nats per byte (of held-out text)":
                 f"{free['nats']:.2f} ({found['next token']['nats']:.2f})",
             "... their bigrams' divergence": f"{free['kl']:.3f}",
-            "... MAUVE (features of our own network)": f"{free['mauve']:.3f}" if "mauve" in free else "not installed"}
+            "... MAUVE (features of our own network)": f"{free.get('mauve', 'none'):.5}"}
     rows |= {f"a step at 512 tokens, ms: {name}": f"{ms:.1f}" for name, ms in speed.items()}
     table("the dashboard", "what | figure", "{x}", {name: {"x": x} for name, x in rows.items()})
     table("texts in blocks: likelier texts are not always better ones, so see the divergence, too",
@@ -134,8 +135,9 @@ def shown(found, speed):
         return
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for n in BLOCKS:
-        mine = [row for key, row in blocks.items() if key.startswith(f"block {n},")]
-        a.plot([row["tokens_per_s"] for row in mine], [row["kl"] for row in mine], "o-", label=f"blocks of {n}")
+        speeds, kls = zip(*((row["tokens_per_s"], row["kl"]) for key, row in blocks.items()
+                            if key.startswith(f"block {n},")))
+        a.plot(speeds, kls, "o-", label=f"blocks of {n}")
     a.set(title="quality against speed, by calls per block", xlabel="tokens per second", xscale="log",
           ylabel="bigram divergence, nats")
     a.legend()

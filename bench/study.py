@@ -10,7 +10,8 @@ import data
 import diffusion
 import model as nets
 import tasks
-from bench import Run, by_name, chosen, parameters, quality, spread, table, training_ms
+from bench import (Run, by_name, chosen, parameters, pyplot, quality, save_figure, spread,
+                   table)
 
 SEED = dict(dw_jrt=True, dw_jrt_scale=1.0, dw_jrt_alpha_init=0.0)
 NETWORKS = {   # fields of ModelConfig beside direction=causal
@@ -32,7 +33,8 @@ TASKS = {"struct": ({}, dict(len=12)), "rightcopy": ({}, dict(len=12)), "rightre
 RATES = (0.007, 0.014, 0.028)      # of Muon, tried with every network: this is the grid
 TUNED_ON = ("struct", "rightrev", "kvsort")
 SIZES = {"task": nets.ModelConfig(n_layer=2, direction="causal", vocab_size=32),
-         "text": nets.ModelConfig(direction="causal", vocab_size=65, rank_w=16, rank_a=16, rank_v=16, rank_g=32, dim_ffn=592)}
+         "text": nets.ModelConfig(direction="causal", vocab_size=65, dim_ffn=592, rank_w=16, rank_a=16,
+                                  rank_v=16, rank_g=32)}
 
 def options(network, task, steps, seed, rate):
     """Of train.py: the network with as many parameters as the causal one."""
@@ -70,13 +72,15 @@ def studied(runs):
     return quality("study", {name: run for name, (*_, run) in runs.items()}, measure)
 
 def run_of(network, task, steps, seed, rate):
-    metrics = {"bits": "bits_per_char"} if task == "text" else {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+    metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+    if task == "text":
+        metrics = {"bits": "bits_per_char"}
     small = ["--batch_size=4", "--eval_iters=2"] if bench.quick else []
     return network, task, Run(options(network, task, steps, seed, rate) + small, metrics)
 
 def suite():
-    """The rate is chosen for each network on seed 1, the same grid for all; figures are of three other seeds."""
-    networks, few = chosen(NETWORKS), bench.quick
+    """The rate is chosen for each network on seed 1, from one grid; figures are of three other seeds."""
+    networks, few = chosen(NETWORKS)[:2 if bench.quick else None], bench.quick
     steps = {task: 10 if few else 300 if task == "text" else 400 for task in TASKS}
     tasks_, seeds = (("struct", "text"), (1337,)) if few else (TASKS, (1337, 1338, 1339))
     grid = {(network, rate): [f"tuning {network}, rate {rate}, {task}, seed 1" for task in TUNED_ON]
@@ -93,8 +97,57 @@ def suite():
                                           if mine == network for name in names)
     table("the rate of each network", "network | rate | ms", "{rate} | {ms:.1f}",
           {network: dict(rate=best[network], ms=pace[network]) for network in networks})
-    runs = {f"{network}, {task}, {steps[task]} steps, seed {seed}":
-            run_of(network, task, steps[task], seed, best[network])
-            for task in tasks_ for seed in seeds for network in networks}
-    found = studied(runs)
+    def all_runs(title, steps):
+        """steps: {(network, task): number}."""
+        return {f"{network}, {task}, {title}, seed {seed}": run_of(network, task, n, seed, best[network])
+                for (network, task), n in steps.items() for seed in seeds}
+    same = {(network, task): steps[task] for task in tasks_ for network in networks}
+    found |= studied(all_runs("equal steps", same))
+    ms = {key: statistics.median(found[f"{', '.join(key)}, equal steps, seed {seed}"]["ms"] for seed in seeds)
+          for key in same}
+    by = {(network, task): "text" if task == "text" else tasks_[0] for network, task in same}
+    ratio = {key: ms["causal", by[key]] / ms[key[0], by[key]] for key in same} if "causal" in networks else {}
+    timed = {key: max(2, round(steps[key[1]] * x)) for key, x in ratio.items() if abs(x - 1) > 0.1}
+    found |= studied(all_runs("equal time", timed))
+    shown(by_name(found), networks, tasks_, same, timed)
     return {"runs": found}
+
+def shown(found, networks, tasks_, same, timed):
+    """A table for equal steps, longer rows, equal time; the picture of the first two."""
+    def cell(run, kind):
+        values = run.get({"": "acc", "longer": "longer"}[kind], run.get("bits", []))
+        return spread(values, 3) if values else ""
+
+    for kind, title, way, which in (("", "equal steps: accuracy, bits per character", "equal steps", same),
+                                    ("longer", "longer rows, fuller sets, more holes", "equal steps", same),
+                                    ("", "equal time, where it differs", "equal time", timed)):
+        rows = {}
+        for network in networks:
+            keys = {task: f"{network}, {task}, {way}" for task in tasks_ if (network, task) in which}
+            rows[network] = {task: cell(found[key], kind) for task, key in keys.items() if key in found}
+        table(title, " | ".join(["network", *tasks_]), " | ".join(f"{{{task}}}" for task in tasks_), rows)
+    exact = {network: {task: spread(found[key]["exact"], 3) for task in tasks_
+                       if "exact" in found.get(key := f"{network}, {task}, equal steps", {})}
+             for network in networks}
+    table("equal steps: exact match of whole rows", " | ".join(["network", *tasks_]),
+          " | ".join(f"{{{task}}}" for task in tasks_), exact)
+    picture(found, networks, [task for task in tasks_ if task != "text"])
+
+def picture(found, networks, tasks_):
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.4 * len(networks) + 1.5), sharey=True,
+                                layout="constrained")
+    titles = "as trained", "longer rows, fuller sets, more holes"
+    for ax, key, title in zip(axes, ("acc", "longer"), titles):
+        part = [[statistics.mean(found[f"{network}, {task}, equal steps"][key]) for task in tasks_]
+                for network in networks]
+        ax.imshow(part, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        for i, row in enumerate(part):
+            for j, x in enumerate(row):
+                ax.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8, color="w" if x < 0.6 else "k")
+        ax.set(title=title, xticks=range(len(tasks_)), xticklabels=tasks_, yticks=range(len(networks)),
+               yticklabels=networks)
+        ax.tick_params(axis="x", rotation=30)
+    save_figure("study", figure)
