@@ -737,6 +737,14 @@ def estimate(net, x_t, t, table, cfg, **options):
     x0 = x0 * (2 * table.shape[1] ** 0.5 / x0.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
     return Estimate(x0, rounding(x0, table), vector, a, s)
 
+def refined(net, x_t, t, table, cfg, **options):
+    """As estimate; a network that takes an estimate gets that of a first pass, without a gradient
+    (self-conditioning, arXiv 2208.04202)."""
+    if net.cfg.self_cond:
+        with torch.no_grad():
+            options["x0_guess"] = estimate(net, x_t, t, table, cfg, **options).x0
+    return estimate(net, x_t, t, table, cfg, **options)
+
 def embedded(x, t, eps, table, cfg):
     """Tokens x (B,T), levels t (B,T) with 0 for what is given -> x_0 and x_t, (B,T,C)."""
     x0 = F.embedding(x, table)
@@ -797,25 +805,20 @@ class Gaussian(Objective):
         options = dict(lengths=batch.lengths)
         if batch.z is not None:
             options["latent"] = net.latent_prefix.normalise(batch.z)
-        terms = self.terms_per_token(net, batch.x, batch.weight, batch.eps, **options)
+        rule = refined if step % 2 else estimate           # it must do without an estimate, too
+        terms = self.terms_per_token(rule, net, batch.x, batch.weight, batch.eps, **options)
         return sum(self.scale(name, terms) * term[batch.masked].sum() for name, term in terms.items())
 
     def scale(self, name, terms):
         """token_loss_weight for a cross-entropy that stands beside an MSE."""
         return self.cfg.token_loss_weight if name == "ce" and len(terms) > 1 else 1.0
 
-    def terms_per_token(self, net, x, t, eps, **options):
-        """{"mse": (B,T), "ce": (B,T)}, those that diffusion_mode has. Half the rows of a network that takes
-        one get an estimate of x_0 from a first pass (self-conditioning, arXiv 2208.04202). options: lengths,
-        latent."""
+    def terms_per_token(self, rule, net, x, t, eps, **options):
+        """{"mse": (B,T), "ce": (B,T)}, those that diffusion_mode has. rule: refined or estimate; options:
+        lengths, latent."""
         cfg, table = self.cfg, net.table()
         x0, x_t = embedded(x, t, eps, table, cfg)
-        x0_guess = None
-        if net.cfg.self_cond:
-            with torch.no_grad():
-                x0_guess = estimate(net, x_t, t, table, cfg, **options).x0
-                x0_guess = x0_guess * (second_uniform(eps[:, :1, :1].abs()) < 0.5)
-        found = estimate(net, x_t, t, table, cfg, x0_guess=x0_guess, **options)
+        found = rule(net, x_t, t, table, cfg, **options)
         terms = {}
         if found.vector is not None:       # detached: else embeddings move to what is easily predicted
             target = PREDICTIONS[cfg.prediction_type].target(x0.detach(), eps, found.a, found.s)
@@ -873,8 +876,7 @@ class Gaussian(Objective):
             return embedded(x, t, eps, table, cfg)[1], t
         for at in step:
             x_t, t = noised(at)
-            guess = estimate(net, x_t, t, table, cfg).x0 if net.cfg.self_cond else None
-            error = (estimate(net, x_t, t, table, cfg, x0_guess=guess).x0 - x0).square().sum(-1).mean(1)
+            error = (refined(net, x_t, t, table, cfg).x0 - x0).square().sum(-1).mean(1)
             gains.append((n - 1) / 2 * (ratio[at - 1] - ratio[at]).to(x.device) * error)
             levels.append(-ratio[at].log())
         x_t, t = noised(torch.zeros(B))
@@ -939,10 +941,7 @@ def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     t = level * masked.float()
     eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
     _, x_t = embedded(x, t, eps, table, cfg)
-    x0_guess = None
-    if net.cfg.self_cond:
-        x0_guess = estimate(net, x_t, t, table, cfg, lengths=lengths, **latent).x0
-    x0, logits, vector, a, s = estimate(net, x_t, t, table, cfg, lengths=lengths, x0_guess=x0_guess, **latent)
+    x0, logits, vector, a, s = refined(net, x_t, t, table, cfg, lengths=lengths, **latent)
     token, found = logits.argmax(-1), {}
     near = F.embedding(token, table)
     if vector is not None:
