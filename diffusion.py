@@ -630,9 +630,10 @@ class B3D(Blocks):
 
     def check(self, direction):
         super().check(direction)
-        if self.net_cfg.ffn_shift in ("both", "wide"):
-            raise ValueError(f"ffn_shift={self.net_cfg.ffn_shift} is not for objective=b3d: masked tokens "
-                             "would see the clean ones that come next; choose before or none")
+        net = self.net_cfg
+        if net.ffn_shift in ("both", "wide") or net.observed_first or net.read_twice:
+            raise ValueError("objective=b3d is for networks that see nothing ahead, else masked tokens would "
+                             "see the next clean ones: leave ffn_shift, observed_first, read_twice out")
 
     def logits(self, net, x, masked, lengths=None, soft=False):
         (B, T), n = x.shape, self.net_cfg.block_size

@@ -3,6 +3,7 @@
 B batch, T time, C channels (n_embd), H heads, N head size, V vocabulary, L layers; noise level t in (0, 1].
 """
 import ctypes
+import functools
 import math
 import os
 import pickle
@@ -53,6 +54,8 @@ class ModelConfig:
     dw_jrt_chunk: int = 0           # [0, 1e7] causal: a new seed every so many tokens; 0 = one for the row
     dw_jrt_layer_start: int = 1     # [0, 10000] first layer that is seeded (layer 0 has none below it)
     read_twice: bool = False        # causal: a row is read a second time, and predicted from there
+    rotary: bool = False            # rwkv7: receptances and keys are turned by positions, as attention's are
+    observed_first: bool = False    # causal, rotary: the scan passes the masked tokens after all others
     logit_cap: float = 0.0          # [0, 1e6] logits = cap * tanh(logits / cap); 0 = no cap
     dim_ffn: int = 0                # [0, 1e7] width of the channel mix; 0 = 4 C
     rank_w: int = 0                 # [0, 1e6] rank of the decay's low-rank path; 0 = RWKV-LM's rule
@@ -67,6 +70,7 @@ class LayerState(NamedTuple):
     mix: Tensor        # rwkv7: the WKV state (B,H,N,N), float32; attention: a Cache
     att_shift: Tensor  # (B,C), the time mix's last input (rwkv7)
     ffn_shift: Tensor  # (B,C), the channel mix's last input
+    seen: Optional[Tensor] = None      # rotary: (B,) the position of the token to come
 
 class Carry(NamedTuple):
     """What a layer hands to the layer above, beside x. None: no layer has made it yet."""
@@ -99,11 +103,15 @@ class Sequence:
     back_valid: Optional[Tensor]  # the same for the rows of `reverse`
     last_at: Optional[Tensor]     # (B,) index in B * T of each row's last token; None = the row's end
     padded_left: bool             # may have padding before the text, too
+    turn: Optional[tuple] = None        # rotary: cos and sin, each (1 or B, T, 1, N/2), of the positions
+    back_turn: Optional[tuple] = None   # the same for the rows of `reverse`
+    seen: Optional[Tensor] = None       # rotary: of the new states
+    order: Optional[Tensor] = None      # observed_first: (B * T,) the tokens in the order of the scan
 
     @classmethod
-    def of(cls, x, cfg, time, lengths, n, finished_text, block_states, has_latent):
+    def of(cls, x, cfg, time, lengths, n, finished_text, block_states, has_latent, start=None, masked=None):
         """x (B,T,C); n: tokens in a block; has_latent (B,) or None: x begins with a prefix, padding in rows
-        without a latent."""
+        without a latent; start (B,): the first position; masked (B,T) bool."""
         (B, T), (sees, alternate) = x.shape[:2], way(cfg)
         block = 0 if sees == "causal" else min(n, T)
         if sees == "bidirectional" and not finished_text:
@@ -122,8 +130,43 @@ class Sequence:
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
         seen = 1 if sees == "causal" else seen
         ahead = 1 if finished_text and not alternate else block or T
-        return cls(B, T, block, ahead, seen, seeded, piece, finished_text, block_states, time, valid,
-                   back_valid, last_at, has_latent is not None)
+        seq = cls(B, T, block, ahead, seen, seeded, piece, finished_text, block_states, time, valid,
+                  back_valid, last_at, has_latent is not None)
+        if not cfg.rotary:
+            return seq
+        start = torch.zeros(B, dtype=torch.long, device=x.device) if start is None else start
+        at = start[:, None] + torch.arange(T, device=x.device) - cfg.latent_prefix_len * seq.padded_left
+        turn, back, order = cls.turns(at, cfg), None, None
+        if block:
+            back = cls.turns(reverse_blocks(at.unsqueeze(-1), block).squeeze(-1), cfg)
+        seen = start + (T if lengths is None else lengths)
+        if block_states:
+            seen = at[:, ::block_states].flatten()
+        if masked is not None:
+            order = masked.long().argsort(dim=1, stable=True) + torch.arange(B, device=x.device)[:, None] * T
+            order = order.flatten()
+        return replace(seq, turn=turn, back_turn=back, seen=seen, order=order)
+
+    @staticmethod
+    def turns(at, cfg):
+        return tuple(z.unsqueeze(-2) for z in rotation(at, cfg.head_size))
+
+    def turned(self, turn, **scan):
+        """What Scan7.mix takes, with positions in receptances and keys, and the tokens in another order."""
+        if turn is None:
+            return scan
+        inner = scan.get("scan") or functools.partial(wkv7_leaky, **scan)
+
+        def at(order, z):
+            return z.flatten(0, 1).index_select(0, order).view_as(z)
+
+        def scan(r, w, k, v, a, b):
+            r, k, a, b = (rotate(z, *turn) for z in (r, k, a, b))
+            if self.order is None:
+                return inner(r, w, k, v, a, b)
+            y, s = inner(*(at(self.order, z) for z in (r, w, k, v, a, b)))
+            return at(self.order.argsort(), y), s
+        return dict(scan=scan)
 
     def last(self, x, before):
         """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with block_states those
@@ -450,7 +493,7 @@ class RWKV7(Mixer, Scan7):
             scan = dict(s0=s0, leak=leak, every=seq.block_states)
         else:
             scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
-        y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **scan)
+        y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **seq.turned(seq.turn, **scan))
         ends = [s] if len(seeds) == 1 else s           # the state after each piece
         s = ends[-1]
         if seq.block_states:                           # states at block starts are rows of their own
@@ -462,7 +505,8 @@ class RWKV7(Mixer, Scan7):
         if self.fuse and seq.finished_text:
             y = self.fuse(y, torch.zeros_like(y))
         elif self.fuse:
-            z, _, v = self.back.mix(seq.reverse(x), None, seq.back_valid, carry.v_first_back)
+            z, _, v = self.back.mix(seq.reverse(x), None, seq.back_valid, carry.v_first_back,
+                                    **seq.turned(seq.back_turn))
             if carry.v_first_back is None:
                 carry = carry._replace(v_first_back=v)
             y = self.fuse(y, seq.unreverse(z))
@@ -475,7 +519,8 @@ class RWKV7(Mixer, Scan7):
             v_first = seq.reverse(carry.v_first)
         if carry.seeds:                                # a row for each block, as in seq.reverse
             s0, leak = self.start(None, torch.stack(carry.seeds, 1).flatten(0, 1))
-        y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first, s0=s0, leak=leak)
+        y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first,
+                           **seq.turned(seq.back_turn, s0=s0, leak=leak))
         carry = carry._replace(v_first_back=v_first)
         if seq.seeded:
             carry = carry._replace(seeds=list(s.unflatten(0, (seq.B, -1)).unbind(1)))
@@ -599,7 +644,7 @@ def rotation(at, N):
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B,H,T,N); cos, sin (T, N/2) or (B,1,T,N/2)."""
+    """Rotary positions: x (...,N); cos, sin (...,N/2), which broadcast against it."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
@@ -801,7 +846,7 @@ class Block(nn.Module):
         y, mix, att_shift, carry = self.att(cond1.before(self.ln1(x)), state, seq, carry)
         x = x + cond1.after(y)
         y, ffn_shift = self.ffn(cond2.before(self.ln2(x)), state, seq)
-        return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift), carry
+        return x + cond2.after(y), LayerState(mix, att_shift, ffn_shift, seq.seen), carry
 
 def norm(cfg):
     return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
@@ -880,6 +925,10 @@ class Denoiser(nn.Module):
             if getattr(cfg, key) and (direction(cfg) != "causal" or cfg.latent_dim):
                 raise ValueError(f"{key}={getattr(cfg, key):d} is for direction=causal without latents: "
                                  "leave it out")
+        fits = cfg.rotary and direction(cfg) == "causal"
+        if cfg.observed_first and (not fits or cfg.gaussian or cfg.dw_jrt_chunk or cfg.read_twice):
+            raise ValueError("observed_first=1 is for masks, in causal networks that know positions: "
+                             "--direction=causal --rotary=1, without dw_jrt_chunk and read_twice")
         if cfg.latent_dim:
             LatentPrefix.check(cfg)
         if cfg.latent_encoder != "none":
@@ -893,6 +942,7 @@ class Denoiser(nn.Module):
         n = min(block_states or block_size or cfg.block_size, x.shape[1])
         finished_text = finished_text or block_states is not None
         time = self.embed_time(x, t, latent_t, lengths, n)                       # (B,1,C) or (B,T,C) or None
+        masked = x == self.mask_id if cfg.observed_first and not finished_text else None
         x = self.embed(x, time, x0_guess)                                        # (B,T,C)
         if latent is not None:
             wrong = not cfg.latent_dim or latent.shape[1:] != (cfg.latent_dim,)
@@ -902,10 +952,12 @@ class Denoiser(nn.Module):
                                  "and only with whole rows, not with a state")
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
+            masked = None if masked is None else F.pad(masked, (cfg.latent_prefix_len, 0))
         twice = None
         if cfg.read_twice and not finished_text:
             x, time, lengths, twice = self.doubled(x, time, lengths)
-        seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent)
+        seen = None if state is None else state[0].seen
+        seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent, seen, masked)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for at, i in enumerate(self.order):
             x, s, carry = self.blocks[i](x, None if state is None else state[at], seq, carry)

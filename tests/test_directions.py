@@ -15,7 +15,7 @@ BLOCK = replace(SMALL, direction="block", dw_jrt_inject="gate", dw_jrt_scale=1.5
 NETS = {                                      # every network that is block-causal
     "add": BLOCK, "gate": replace(BLOCK, fusion="gate"), "concat": replace(BLOCK, fusion="concat"), "tied": replace(BLOCK, tie_directions=True),
     "dw_jrt": replace(BLOCK, dw_jrt=True), "alternate": replace(BLOCK, direction="alternate_block", ffn_shift="none"),
-    "wide": replace(BLOCK, ffn_shift="wide"), "alternate, wide": replace(BLOCK, direction="alternate_block", ffn_shift="wide"),
+    "wide": replace(BLOCK, ffn_shift="wide"), "rotary": replace(BLOCK, rotary=True), "alternate, rotary": replace(BLOCK, direction="alternate_block", rotary=True), "alternate, wide": replace(BLOCK, direction="alternate_block", ffn_shift="wide"),
     "alternate, dw_jrt": replace(BLOCK, direction="alternate_block", dw_jrt=True, time_cond="film"), "film": replace(BLOCK, time_cond="film"), "attention": replace(BLOCK, mixer="attention"),
     "hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", dw_jrt=True, norm="rms", tie_embeddings=True, time_cond="adaln_zero"),
     "alternate hybrid": replace(BLOCK, mixer="attention,rwkv7,rwkv7", direction="alternate_block")}
@@ -96,6 +96,7 @@ RAGGED = NETS | {"causal attention": replace(SMALL, mixer="attention", direction
                  "bidirectional": replace(SMALL, direction="bidirectional", dw_jrt=True, time_cond="add"),
                  "alternate wide": replace(SMALL, direction="alternate", ffn_shift="wide"), "causal wide": replace(SMALL, ffn_shift="wide"),
                  "chunks": replace(SMALL, dw_jrt=True, dw_jrt_inject="reverse", dw_jrt_chunk=3), "twice": replace(SMALL, read_twice=True, time_cond="film"),
+                 "observed first": replace(SMALL, rotary=True, observed_first=True, ffn_shift="wide"), "seed, rotary": replace(SMALL, rotary=True, dw_jrt=True),
                  "twice, wide": replace(SMALL, read_twice=True, ffn_shift="wide", dw_jrt=True)}
 
 
@@ -114,7 +115,7 @@ def test_rows_of_different_lengths_equal_the_rows_alone(name):
         assert (out.logits[i, :n] - alone.logits[0]).norm() <= 1e-5 * alone.logits.norm()
         for a, b in zip(flat(out.state), flat(alone.state), strict=True):
             if a.shape[2:3] != (13,) and a.shape[1:] != (13,):       # attention's cache keeps padding, marked as such
-                assert (a[i] - b[0]).norm() <= 1e-5 * b.norm()
+                assert (a[i] - b[0]).float().norm() <= 1e-5 * b.float().norm()
     for n, p in net.named_parameters():
         if n in together:
             assert (p.grad - together[n]).norm() <= 1e-4 * p.grad.norm() + 1e-5, n
@@ -286,6 +287,49 @@ def test_a_causal_network_looks_ahead_by_its_shifts_alone(mixer, ffn_shift):
 
 
 @torch.no_grad()
+def test_observed_tokens_come_first_and_masks_see_them_all():
+    """One scan a layer; the token shifts, which follow the text, are left out."""
+    net, T = randomised(replace(SMALL, rotary=True, observed_first=True, ffn_shift="none")), 9
+    for block in net.blocks:
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
+            getattr(block.att, name).zero_()
+    x, masked = ids(1, T) % 11, torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0]).bool()
+    x[0, masked] = net.mask_id
+    order = torch.cat([torch.arange(T)[~masked], torch.arange(T)[masked]])
+    sees = torch.zeros(T, T, dtype=torch.bool)
+    for at in range(T):
+        hook = net.emb.register_forward_hook(lambda module, inputs, out, at=at: out + (torch.arange(T) == at)[None, :, None] * 0.1)
+        moved = net(x).logits
+        hook.remove()
+        sees[:, at] = (moved != net(x).logits).any(-1)[0]
+    rank = order.argsort()
+    assert torch.equal(sees, rank[None, :] <= rank[:, None])
+    swapped = x.clone()
+    swapped[0, [0, 2]] = x[0, [2, 0]]
+    assert x[0, 0] == x[0, 2] or (net(swapped).logits != net(x).logits)[0, 1:].any()      # where they stand matters
+
+
+@torch.no_grad()
+def test_rotary_positions_by_their_definition():
+    """Pairs of channels as complex numbers, turned by t 10000^(-j / (N / 2)), in float64, one token at a time."""
+    B, T, H, N = 2, 7, 2, 16
+    r, w, k, v, a, b = (torch.randn(B, T, H, N, dtype=torch.float64) * 0.4 for _ in range(6))
+    w, first = -w.abs(), torch.tensor([3, 11])
+    seq = nets.Sequence.of(torch.zeros(B, T, 32), replace(SMALL, rotary=True), None, None, 1, False, None, None, start=first)
+    y, s = seq.turned(seq.turn)["scan"](r, w, k, v, a, b)
+    s0 = torch.zeros(B, H, N, N, dtype=torch.float64)
+    for t in range(T):
+        turn = torch.polar(torch.ones(1).double(), (first + t)[:, None].double() * 10_000.0 ** -(torch.arange(N // 2).double() / (N // 2)))[:, None]
+        def turned(z):
+            z = torch.complex(z[:, t, :, :N // 2], z[:, t, :, N // 2:]) * turn
+            return torch.cat([z.real, z.imag], -1)
+        rt, kt, at, bt = map(turned, (r, k, a, b))
+        s0 = s0 * w[:, t].exp()[:, :, None] + (s0 @ at[..., None]) @ bt[:, :, None] + v[:, t, ..., None] @ kt[:, :, None]
+        assert torch.allclose(y[:, t], (s0 @ rt[..., None])[..., 0], atol=1e-5)
+    assert torch.allclose(s, s0, atol=1e-5) and seq.seen.tolist() == [10, 18]
+
+
+@torch.no_grad()
 def test_rms_norm_and_tied_embeddings():
     net, x = randomised(replace(SMALL, norm="rms", tie_embeddings=True)), ids(1, 5)
     assert not any(k.startswith("head") or ("ln1" in k and k.endswith("bias")) for k in net.state_dict())
@@ -300,6 +344,7 @@ def test_rms_norm_and_tied_embeddings():
     (dict(mixer="biwkv", direction="causal"), "direction='causal' is not for mixer=biwkv: choose one of bidirectional"),
     (dict(direction="block", dw_jrt=True), "dw_jrt_inject=leak forgets .* choose dw_jrt_inject=gate"),
     (dict(dw_jrt=True, dw_jrt_chunk=4), "forgets the state that crosses chunks"), (dict(dw_jrt=True, dw_jrt_inject="reverse"), "give dw_jrt_chunk"),
+    (dict(observed_first=True), "knows? positions: --direction=causal --rotary=1"), (dict(observed_first=True, rotary=True, read_twice=True), "observed_first=1"),
     (dict(direction="alternate", dw_jrt_chunk=4), "dw_jrt_chunk=4 is for direction=causal"), (dict(latent_dim=4, read_twice=True), "read_twice=1 is for"), (dict(time_dim=3), "time_dim=3")])
 def test_impossible_networks(change, words):
     with pytest.raises(ValueError, match=words):
