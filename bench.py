@@ -233,84 +233,7 @@ def plot(name, title, curves):
 
 # ---- quality ----
 
-def suite_published():
-    """One seed, accuracy by step."""
-    published = {"200": (0.5181, 0.6191), "400": (0.3281, 0.6531), "600": (0.5494, 0.7262),
-                 "800": (0.5525, 0.8153), "999": (0.5444, 0.9244)}
-    shorter = 20 if quick else 1
-    settings = ("STRUCT_TASK=1 STRUCT_EVAL=1 STRUCT_LEN=8 TRAIN=1 GEN_TOKENS=1 SEQ_LEN=64 N_LAYER=2 "
-                f"N_EMBD=128 HEAD_SIZE=32 BATCH_SIZE=32 DEVICE_BSZ=8 MAX_ITERS={1000 // shorter} "
-                f"EVAL_ITERS=20 EVAL_INTERVAL={200 // shorter} WARMDOWN_ITERS=200 DW_JRT_SCALE=20")
-
-    def measure(name, folder):
-        return {str(row["step"] * shorter): row["struct_acc"] for row in read_log(folder, "eval")}
-    with tempfile.TemporaryDirectory() as weights:
-        runs = {jrt: f"{settings} DW_JRT={jrt} WEIGHTS_PATH={weights}/{jrt}.pt" for jrt in "01"}
-        runs = {jrt: Run([], env=dict(pair.split("=") for pair in env.split())) for jrt, env in runs.items()}
-        found = quality("published", runs, measure)
-    rows = {}
-    for step, (old0, old1) in published.items():
-        new0, new1 = (found[jrt]["1000" if step == "999" else step] for jrt in "01")
-        rows[step] = dict(old0=old0, old1=old1, new0=new0, new1=new1)
-    table("struct acc, published command lines",
-          "step | DW_JRT=0 published | here | DW_JRT=1 published | here",
-          "{old0} | {new0:.4f} | {old1} | {new1:.4f}", rows)
-    return {"runs": found}
-
-def suite_tasks():
-    """Accuracy and exact match on the fixed evaluation set."""
-    tasks = {  # name: seeds, published accuracy
-        "struct, 1000 steps, dw_jrt=1": (3, "0.5919 / 0.0000"), "struct, 200 steps, dw_jrt=1": (3, "0.7450"),
-        "rightcopy, 200 steps, dw_jrt=1": (3, "0.7181"), "rightrev, 200 steps, dw_jrt=1": (3, "0.7731"),
-        "index, 1000 steps, dw_jrt=1": (1, "0.34 (200 steps)"),
-        "add, 1000 steps, dw_jrt=1": (1, "0.11 (200 steps)"),
-        "struct, 1000 steps, objective=gaussian": (3, ""),
-        "struct, 200 steps, direction=bidirectional": (3, ""),
-        "rightcopy, 200 steps, direction=bidirectional": (3, ""),
-        "rightrev, 200 steps, direction=bidirectional": (3, "")}
-    runs, published = {}, {}
-    for name, (seeds, accuracy) in tasks.items():
-        task, steps, option = name.split(", ")
-        steps = int(steps.split()[0]) // (20 if quick else 1)
-        shown = f"{task}, {steps} steps, {option}"
-        published[shown] = accuracy
-        options = [f"--{task}_task=1", f"--{option}", f"--max_iters={steps}", "--eval_interval=100000"]
-        metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
-        for seed in range(1337, 1337 + (1 if quick else seeds)):
-            runs[f"{shown}, seed {seed}"] = Run([*options, f"--random_seed={seed}"], metrics)
-    found, rows = quality("tasks", runs, names=[name for name in runs if only in name]), {}
-    for name, run in by_name(found).items():
-        acc, exact = spread(run["acc"]), spread(run["exact"])
-        rows[name] = dict(seeds=len(run["acc"]), acc=acc, exact=exact, published=published.get(name, ""))
-    table("default settings, mean ± standard deviation over seeds",
-          "task | seeds | accuracy | exact | published", "{seeds} | {acc} | {exact} | {published}", rows)
-    return {"runs": found}
-
 BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
-
-def suite_ablation():
-    """A spike is a gradient norm over twice the median of the ten steps before it, counted after step 50."""
-    common = ["--direction=bidirectional", "--n_layer=3", "--n_embd=128", "--seq_len=128", "--batch_size=16",
-              f"--max_iters={15 if quick else 300}", f"--eval_iters={2 if quick else 20}", "--log_interval=1",
-              "--eval_interval=100000", f"--data_path={data_path}"]
-    runs = {f"fusion={f}, tied={t}": Run([f"--fusion={f}", f"--tie_directions={t}", *common], BITS)
-            for f in nets.FUSIONS for t in (0, 1)}
-    runs |= {f"time_cond={c}": Run([f"--time_cond={c}", *common], BITS) for c in nets.TIME_CONDS}
-
-    def measure(name, folder):
-        steps = read_log(folder, "train")
-        norms = [row["grad_norm"] for row in steps]
-        spikes = sum(norms[i] > 2 * statistics.median(norms[i - 10:i]) for i in range(50, len(norms)))
-        losses = [round(row["loss"], 4) for row in steps]
-        return dict(spikes=spikes, loss=losses, grad_norm=[round(norm, 3) for norm in norms])
-    found, rows = quality("ablation", runs, measure), {}
-    for name, run in found.items():
-        norms = run["grad_norm"]
-        rows[name] = run | dict(last=statistics.mean(run["loss"][-50:]), largest=max(norms[50:] or norms))
-    table("bidirectional RWKV-7 on text, 300 steps (loss curves, gradient norms: see the JSON file)",
-          "setting | parameters | bits per character | last loss | spikes | largest norm | ms per step",
-          "{parameters:.0k} | {bits:.3f} ± {se:.3f} | {last:.3f} | {spikes} | {largest:.1f} | {ms:.0f}", rows)
-    return {"runs": found}
 
 def bigram_kl(x, y):
     """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
@@ -534,76 +457,6 @@ def suite_flops():
           "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", rows)
     return {"rows": found}
 
-def suite_direction():
-    """In fp32, and where it is fast in bf16."""
-    found, half = processor(), nets.fast_bf16(torch.device("cpu"))
-    return {**found, "ms": direction_ms(False), "bf16_ms": direction_ms(True) if half else {}}
-
-@torch.inference_mode()
-def direction_ms(half):
-    """{network: {T: milliseconds}} of one denoising step; half: bfloat16 matrix products."""
-    networks, ms, rows = {name: nets.Denoiser(cfg).eval() for name, cfg in directions().items()}, {}, {}
-    for T in (512, 2048) if quick else (512, 2048, 8192, 16384):
-        x = torch.randint(256, (1, T))
-        jobs = {name: functools.partial(net, x) for name, net in networks.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            spent = alternated(jobs, max(3, rounds * 12288 // (T + 512)))
-        for name, t in spent.items():
-            ms.setdefault(name, {})[T] = t
-    for name, row in ms.items():
-        rows[name] = {f"T={T}": f"{t:.1f} ({t / ms[BASELINE][T]:.2f}x)" for T, t in row.items()}
-    table(f"one denoising step, batch 1, C=256, N=64, four layers, {torch.get_num_threads()} threads, "
-          f"{'bf16' if half else 'fp32'}: ms (multiple of attention's)",
-          " | ".join(["network", *rows[BASELINE]]), " | ".join(f"{{{T}}}" for T in rows[BASELINE]), rows)
-    return ms
-
-def block_networks(**sizes):
-    """RWKV-7 in blocks of 32 tokens, and attention with as many parameters -> {name: ModelConfig}."""
-    rwkv = nets.ModelConfig(block_size=32, direction="block", **sizes)
-    return {"rwkv7, carried state": rwkv, "attention, cache": attention_baseline(rwkv, "block")}
-
-def block_job(net, B, context):
-    """A function that makes 32 tokens after `context`, by 8 calls and a clean pass; and its cache."""
-    device, state = net.emb.weight.device, None
-    text = torch.randint(net.mask_id, (B, context), device=device)
-    mask = torch.full((B, 32), net.mask_id, device=device)
-    for part in text.split(256, 1):        # attention scores of longer parts would fill the memory
-        state = net(part, state=state, finished_text=True).state
-
-    def block():
-        for _ in range(8):
-            net(mask, state=state)
-        net(mask, state=state, finished_text=True)
-    return block, state
-
-@torch.inference_mode()
-def suite_generate():
-    """From a carried state, from a cache, and with all read again in each of 8 calls."""
-    configs = block_networks(n_layer=4, n_embd=256, head_size=64, vocab_size=256)
-    networks = {name: nets.Denoiser(cfg).eval() for name, cfg in configs.items()}
-    contexts = (64, 512) if quick else (512, 4096, 16384, 65536)
-    jobs, found = {}, {}
-    for B, context in itertools.product((1, 2 if quick else 32), contexts):
-        if B > 1 and B * context > 32 * 4096:
-            continue
-        end = f"batch {B}, context {context}"
-        whole = torch.randint(256, (B, context + 32))
-        mine = {name: block_job(net, B, context) for name, net in networks.items()}
-        mine["rwkv7, all again"] = functools.partial(networks["rwkv7, carried state"], whole), whole
-        for name, (job, cache) in mine.items():
-            jobs[f"{name}, {end}"] = job
-            found[f"{name}, {end}"] = {"rows": B, "cache_bytes": nets.state_bytes(cache)}
-    for name, ms in alternated(jobs, 19, seconds=2).items():
-        run, ms = found[name], ms * (8 if "again" in name else 1)
-        cache = run["cache_bytes"] / run["rows"] / 1024
-        run |= {"ms": ms, "tokens_per_s": run["rows"] * 32e3 / ms, "KiB_per_row": cache}
-    table("one block of 32 tokens, 8 calls", "network | ms per block | tokens/s | cache KiB per row",
-          "{ms:.1f} | {tokens_per_s:.0f} | {KiB_per_row:.0f}", found)
-    name, low, high = "rwkv7, carried state, batch 1, context", contexts[0], contexts[-1]
-    ratio = found[f"{name} {high}"]["ms"] / found[f"{name} {low}"]["ms"]
-    print(f"  {name}: a block at {high} tokens takes {ratio:.2f}x one at {low}")
-    return {"rows": found, "ratio": ratio}
-
 def from_file(name):
     """The suite of bench/NAME.py, which imports what it needs of this file."""
     sys.modules.setdefault("bench", sys.modules[__name__])
@@ -613,11 +466,10 @@ def from_file(name):
     spec.loader.exec_module(module)
     return module
 
-SUITES = {"wkv": suite_wkv, "step": suite_step, "published": suite_published, "tasks": suite_tasks,
-          "flops": suite_flops, "direction": suite_direction, "ablation": suite_ablation,
-          "generate": suite_generate}
+SUITES = {"wkv": suite_wkv, "step": suite_step, "flops": suite_flops}
 SUITES |= {name: lambda name=name: from_file(name).suite()
-           for name in ("text", "gaussian", "latent", "study", "dashboard", "gpu")}
+           for name in ("published", "tasks", "ablation", "text", "generate", "gaussian", "latent",
+                        "direction", "study", "dashboard", "gpu")}
 
 def main():
     if threads:

@@ -15,8 +15,8 @@ import bench
 import diffusion
 import model as nets
 import wkv_cuda
-from bench import (BASELINE, attention_baseline, block_job, block_networks, chosen, flops_per_token, outputs,
-                   parameters, recurrence_inputs, table, where, write)
+from bench import (BASELINE, attention_baseline, chosen, flops_per_token, from_file, outputs, parameters,
+                   recurrence_inputs, table, where, write)
 
 def relative_errors(f, reference, names, x):
     """Of outputs and gradients of f against the reference in float64 on the same, perhaps rounded, inputs."""
@@ -193,14 +193,15 @@ def training(size, T, limits, device):
 def generation(limits, device):
     """Blocks of 32 after 1024 tokens, 124 M parameters, bfloat16 products."""
     L, C, N, V, context = (2, 64, 16, 256, 64) if bench.quick else (12, 768, 64, 50304, 1024)
-    networks = block_networks(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True)
+    generate = from_file("generate")
+    networks = generate.block_networks(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True)
     found = {}
     for name, cfg in networks.items():
         with torch.device(device):
             net = nets.Denoiser(cfg).eval()
         for B in (1, 2 if bench.quick else 32):
             with torch.autocast(torch.device(device).type, torch.bfloat16):
-                ms = median_ms(block_job(net, B, context)[0], device)
+                ms = median_ms(generate.block_job(net, B, context)[0], device)
             found[f"{name}, batch {B}"] = dict(ms=ms, tokens_per_s=B * 32 / ms * 1e3)
     table("one block of 32 tokens", "network | ms | tokens/s", "{ms:.1f} | {tokens_per_s:.0f}", found)
     return found

@@ -1,0 +1,32 @@
+"""python bench.py --suite=tasks: the published tasks with this repository's defaults."""
+import bench
+from bench import Run, by_name, quality, spread, table
+
+def suite():
+    """Accuracy and exact match on the fixed evaluation set."""
+    tasks = {  # name: seeds, published accuracy
+        "struct, 1000 steps, dw_jrt=1": (3, "0.5919 / 0.0000"), "struct, 200 steps, dw_jrt=1": (3, "0.7450"),
+        "rightcopy, 200 steps, dw_jrt=1": (3, "0.7181"), "rightrev, 200 steps, dw_jrt=1": (3, "0.7731"),
+        "index, 1000 steps, dw_jrt=1": (1, "0.34 (200 steps)"),
+        "add, 1000 steps, dw_jrt=1": (1, "0.11 (200 steps)"),
+        "struct, 1000 steps, objective=gaussian": (3, ""),
+        "struct, 200 steps, direction=bidirectional": (3, ""),
+        "rightcopy, 200 steps, direction=bidirectional": (3, ""),
+        "rightrev, 200 steps, direction=bidirectional": (3, "")}
+    runs, published = {}, {}
+    for name, (seeds, accuracy) in tasks.items():
+        task, steps, option = name.split(", ")
+        steps = int(steps.split()[0]) // (20 if bench.quick else 1)
+        shown = f"{task}, {steps} steps, {option}"
+        published[shown] = accuracy
+        options = [f"--{task}_task=1", f"--{option}", f"--max_iters={steps}", "--eval_interval=100000"]
+        metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
+        for seed in range(1337, 1337 + (1 if bench.quick else seeds)):
+            runs[f"{shown}, seed {seed}"] = Run([*options, f"--random_seed={seed}"], metrics)
+    found, rows = quality("tasks", runs, names=[name for name in runs if bench.only in name]), {}
+    for name, run in by_name(found).items():
+        acc, exact = spread(run["acc"]), spread(run["exact"])
+        rows[name] = dict(seeds=len(run["acc"]), acc=acc, exact=exact, published=published.get(name, ""))
+    table("default settings, mean ± standard deviation over seeds",
+          "task | seeds | accuracy | exact | published", "{seeds} | {acc} | {exact} | {published}", rows)
+    return {"runs": found}
