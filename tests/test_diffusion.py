@@ -217,7 +217,9 @@ BLOCKWISE = {"causal": {}, "dw_jrt": dict(dw_jrt=True, dw_jrt_inject="gate"), "t
              "hybrid": dict(mixer="attention,rwkv7", direction="block"), "wide": dict(direction="block", ffn_shift="wide"),
              "two-way, wide": dict(direction="bidirectional", ffn_shift="wide"), "alternate, two-way": dict(direction="alternate"),
              "alternate": dict(direction="alternate_block"), "alternate, wide": dict(direction="alternate_block", ffn_shift="wide"),
-             "looped": dict(direction="block", n_layer=3, loops=2)}
+             "looped": dict(direction="block", n_layer=3, loops=2), "causal, wide": dict(ffn_shift="wide"), "rotary": dict(direction="block", rotary=True),
+             "observed first": dict(rotary=True, observed_first=True, ffn_shift="both"), "twice": dict(read_twice=True),
+             "chunks": dict(dw_jrt=True, dw_jrt_inject="reverse", dw_jrt_chunk=2)}
 
 
 def network(n=4, **changes):
@@ -238,13 +240,36 @@ def test_probabilities_of_all_strings_sum_to_1(name, changes, n):
 @pytest.mark.parametrize("name,net,cfg,words", [
     ("ar", {}, dict(likelihood="order"), "likelihood=order is for masked text"), ("task", {}, dict(likelihood="order"), "leave likelihood out"),
     ("ar", dict(self_cond=True), {}, "self_cond=1 is not for objective=ar"), ("b3d", dict(self_cond=True), {}, "leave self_cond out"),
-    ("mixture", {}, dict(mask_policy="suffix"), "choose spans or independent"),
+    ("mixture", {}, dict(mask_policy="suffix"), "choose spans or independent"), ("gaussian", dict(gaussian=True), dict(token_evidence=True), "choose diffusion_mode=tokens"),
+    *(("b3d", {key: value}, {}, f"leave .*{key}") for key, value in dict(ffn_shift="wide", observed_first=True, read_twice=True).items()),
     ("mixture", {}, dict(block_sizes=(1, 4)), "need next_weight > 0")])
 def test_what_does_not_go_together(name, net, cfg, words):
     form = objective(name, **cfg)
     form.net_cfg = replace(form.net_cfg, **net)
     with pytest.raises(ValueError, match=words):
-        form.check("causal" if form.causal else "block")
+        form.check("causal" if form.causal else "bidirectional" if form.gaussian else "block")
+
+
+def test_answers_in_several_calls_are_decided_surest_first():
+    """A network that is sure of even places at first, and of odd ones from their left neighbours: all at once odd ones are wrong."""
+    class Source:
+        kind = "task"
+        score = staticmethod(lambda x, predicted, masked: {"t_exact": float((predicted == x).all())})
+
+    def net(x, lengths=None):
+        calls.append(x.clone())
+        logits = torch.zeros(*x.shape, 3)
+        even = torch.arange(x.shape[1]) % 2 == 0
+        logits[:, even, 1] = 9.0
+        known = torch.where(even, False, x.roll(1, 1) == 1)
+        logits[known] = torch.tensor([0.0, 0.0, 5.0])
+        return diffusion.Logits(logits)
+    x = torch.tensor([[1, 2, 1, 2, 1, 2]] * 3)
+    rows = (x, torch.ones_like(x, dtype=torch.bool), None, None)
+    for steps, right, number in ((1, 0.0, 1), (2, 1.0, 3), (0, 1.0, None)):
+        calls, form = [], objective("task", answer_steps=steps)
+        metrics, (_, _, predicted) = form.evaluate_answers(net, Source, rows, SEED(), 2)
+        assert metrics["t_exact"] == right and (number is None or len(calls) == 2 * number), steps
 
 
 @torch.no_grad()
