@@ -27,6 +27,9 @@ def gaussian_runs():
     # as many parameters and as much time as the 1000 steps of config/gaussian.py
     masked = "config/shakespeare.py --direction=bidirectional --ffn_shift=both --dim_ffn=592"
     whole = seeds | {"masked": f"{masked} --schedule=linear --max_iters=1400"}
+    # as long as 900 steps of masked diffusion with config/shakespeare.py, in bench/text.json
+    evidence = f"{gaussian} config/gaussian_evidence.py --max_iters=750 --eval_iters=40 --eval_interval=100000"
+    whole |= {f"evidence, seed {seed}": f"{evidence} --random_seed={seed}" for seed in (1337, 1338, 1339)}
     changes = {"mixed, x0, cosine": "",
                "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
                "epsilon": "--prediction_type=epsilon", "v_prediction": "--prediction_type=v_prediction",
@@ -35,7 +38,10 @@ def gaussian_runs():
                "curriculum": "config/gaussian_curriculum.py", "embeddings thaw": "config/gaussian_thaw.py",
                "clipped, no self-conditioning": "config/gaussian_clip.py", "no EMA": "--ema=0",
                "alternate": "--direction=alternate",
-               "adaln_zero": "--time_cond=adaln_zero", "biwkv": "config/birwkv_llada.py",
+               "evidence in tokens alone": "--diffusion_mode=tokens --token_evidence=1",
+               "... and Gumbel levels": "--diffusion_mode=tokens --token_evidence=1 --beta_schedule=gumbel "
+                                        "--noise_shift=5",
+               "adaln_zero": "--time_cond=adaln_zero", "biwkv, noise in the shift": "config/birwkv_llada.py",
                "attention": "--mixer=attention --ffn_shift=none --dim_ffn=476"}
     short = f"{gaussian} --max_iters=200 --eval_interval=40"
     return whole, {name: f"{short} {change}" for name, change in changes.items()}
@@ -46,7 +52,8 @@ def suite():
     source = data.TextSource(bench.data_path, length, "char")
     held_out = source.eval_rows(len(source.val) // length)[0]
     whole, parts = gaussian_runs()
-    metrics = {name: name for name in ("bits_per_char", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0)))}
+    metrics = ["bits_per_char", "bits_per_char_se", *(f"round_acc_{t}" for t in (0.1, 0.2, 0.5, 1.0))]
+    metrics = {name: name for name in metrics}
     more = [f"--data_path={bench.data_path}"]
     if bench.quick:
         more += ["--batch_size=4", "--eval_iters=1", "--max_iters=10"]
@@ -59,7 +66,7 @@ def suite():
         if name == "masked":
             rules = {"topk": ("topk", 50), "first_hitting": ("first_hitting", 0)}
         else:
-            counts = (10, 20, 50, 100, 200) if name == "gaussian, seed 1337" else (50,)
+            counts = (10, 20, 50, 100, 200) if name.endswith("seed 1337") else (50,)
             rules = {f"{n} steps": ("ddim", n) for n in counts} | {"ddpm": ("ddpm", 50)}
             found["curve"] = [(row["step"], row["round_acc_0.5"]) for row in evals]
             found["alarms"] = sum("alarm" in row for row in evals[1:])
@@ -79,14 +86,15 @@ def gaussian_tables(found, whole, parts, divergence):
     rows = {name: {same.get(key, key): value for key, value in run.items()} for name, run in found.items()}
     titles = {f"whole runs; divergence of {divergence}": whole, "200 steps each, one part changed": parts}
     for title, names in titles.items():
-        table(title, "setting | parameters | minutes | right at t = 0.2 | 0.5 | 1 | "
+        table(title, "setting | parameters | minutes | bits | right at t = 0.2 | 0.5 | 1 | "
               "divergence, ddim or topk | ddpm or one by one | alarms",
-              "{parameters:.2M} | {minutes:.1f} | {0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
+              "{parameters:.2M} | {minutes:.1f} | {bits_per_char:.3f} | "
+              "{0[round_acc_0.2]:.3f} | {0[round_acc_0.5]:.3f} | "
               "{0[round_acc_1.0]:.3f} | {kl, 50 steps:.3f} | {kl, ddpm:.3f} | {alarms}",
               {name: run for name, run in rows.items() if name in names})
-    first = found.get("gaussian, seed 1337", {})
-    table("divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
-          {key[4:-6]: {"kl": kl} for key, kl in first.items() if key.endswith("steps")})
+    for name in ("gaussian, seed 1337", "evidence, seed 1337"):
+        table(f"{name}: divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
+              {key[4:-6]: {"kl": kl} for key, kl in found.get(name, {}).items() if key.endswith("steps")})
     curves = {name: zip(*found[name]["curve"]) for name in parts if name in found}
     if curves:
         plot("gaussian", "tokens that round rightly at t = 0.5", curves)
