@@ -19,7 +19,7 @@ from torch import Tensor
 @dataclass
 class DiffusionConfig:
     objective: str = ""             # how it is trained; empty = task for a task, masked_mean for text
-    schedule: str = "linear"        # masks: masking rate m(t)
+    schedule: str = "linear"        # masking rate m(t); gaussian: in training the share t of the noise levels
     mask_policy: str = "independent"  # which tokens are masked (gaussian: noised) together in training
     block_sizes: tuple = (4, 16, 0, 0)  # [0, 1e7] mixture: each row draws its blocks' size; 0 = the whole row
     next_weight: float = 0.0        # [0, 1e6] block, mixture: of next tokens' loss, where clean text is read
@@ -786,7 +786,8 @@ class Gaussian(Objective):
 
     def noise(self, rows, draw, step):
         x, T, D = rows.x, rows.x.shape[1], self.net_cfg.latent_dim
-        t, u = draw.levels() * self.max_noise(step), draw.uniform(T)
+        t, u = SCHEDULES[self.cfg.schedule](draw.levels())[0], draw.uniform(T)
+        t = t.clamp_min(1e-3) * self.max_noise(step)
         eps = draw.normal(T, self.net_cfg.n_embd)
         masked, dropped = self.mask(rows.maskable, u)
         batch = Batch(x, masked, t[:, None] * (masked | dropped), rows.lengths, eps)

@@ -7,6 +7,7 @@ diffusion_mode = "tokens"
 token_evidence = True
 beta_schedule = "gumbel"
 noise_shift = 5.0
+schedule = "bell"
 direction = "alternate"
 ffn_shift = "wide"
 ema = 0.0
