@@ -33,7 +33,8 @@ def text_networks():
              "block 4, next token": "--objective=block --direction=block --block_size=4 --dim_ffn=592",
              "block 16, next token": "--objective=block --direction=block --block_size=16 --dim_ffn=592",
              "mixture": "--objective=mixture --direction=block --dim_ffn=592", "causal": causal,
-             "causal, seeds of chunks": f"{causal} --dw_jrt=1 --dw_jrt_inject=reverse --dw_jrt_chunk=8",
+             "causal, seeds of chunks": f"{causal} --dw_jrt=1 --dw_jrt_inject=reverse --dw_jrt_chunk=8 "
+                                        "--dw_jrt_scale=1 --dw_jrt_alpha_init=0",
              "causal, wide shift": "--direction=causal",
              "causal, observed first, wide shift": "--direction=causal --rotary=1 --observed_first=1"}
     return plain | {f"{name}, bell": options for name, options in bells.items()}
