@@ -15,14 +15,15 @@ from bench import (Run, by_name, chosen, parameters, pyplot, quality, save_figur
 
 LEAK, FIRST = dict(dw_jrt=True, dw_jrt_inject="leak"), dict(rotary=True, observed_first=True)
 CHUNKS = dict(dw_jrt=True, dw_jrt_inject="reverse", dw_jrt_chunk=8, dw_jrt_scale=1.0, dw_jrt_alpha_init=0.0)
+TWO_WAY = dict(direction="bidirectional", tie_directions=True)      # untied, its channel mix would be small
 NETWORKS = {   # fields of ModelConfig beside direction=causal
     "causal": {}, "causal, positions": dict(rotary=True),
     "seed: gate": dict(dw_jrt=True, dw_jrt_inject="gate"), "seed: leak": LEAK, "seeds of chunks": CHUNKS,
     "read twice": dict(read_twice=True), "observed first": FIRST, "wide shift": dict(ffn_shift="wide"),
     "wide shift, seed: leak": LEAK | dict(ffn_shift="wide"),
     "wide shift, observed first": FIRST | dict(ffn_shift="wide"),
-    "alternate": dict(direction="alternate"), "two-way": dict(direction="bidirectional"),
-    "two-way, positions": dict(direction="bidirectional", rotary=True),
+    "alternate": dict(direction="alternate"),
+    "two-way": TWO_WAY, "two-way, positions": TWO_WAY | dict(rotary=True),
     "attention": dict(mixer="attention", direction="bidirectional")}
 # task: (trained and measured with, measured again with: longer rows, fuller sets, more holes)
 TASKS = {"struct": ({}, dict(len=12)), "rightcopy": ({}, dict(len=12)), "rightrev": ({}, dict(len=12)),
