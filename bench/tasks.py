@@ -13,13 +13,26 @@ def suite():
         "struct, 200 steps, direction=bidirectional": (3, ""),
         "rightcopy, 200 steps, direction=bidirectional": (3, ""),
         "rightrev, 200 steps, direction=bidirectional": (3, "")}
+    deep = "direction=causal ffn_shift=wide n_layer=3"
+    sudoku = ("direction=bidirectional answer_steps=0 "
+              "sudoku_holes_min=1 sudoku_holes_max=14 sudoku_holes_test=12")
+    tasks |= {"struct, 1000 steps, rotary=1 observed_first=1": (3, ""),
+              f"struct, 1000 steps, dw_jrt=1 {deep}": (3, ""),
+              "index, 1000 steps, rotary=1 observed_first=1": (3, ""),
+              f"index, 1000 steps, rotary=1 observed_first=1 {deep}": (3, ""),
+              "index, 1000 steps, direction=bidirectional": (1, ""),
+              "index, 1000 steps, direction=bidirectional rotary=1": (3, ""),
+              "add, 1000 steps, mixer=attention n_layer=4": (1, ""),
+              "add, 1000 steps, rotary=1 observed_first=1 n_layer=4": (1, ""),
+              f"sudoku, 1000 steps, {sudoku}": (3, "0.551 in future-seed, 12 layers")}
     runs, published = {}, {}
     for name, (seeds, accuracy) in tasks.items():
         task, steps, option = name.split(", ")
         steps = int(steps.split()[0]) // (20 if bench.quick else 1)
         shown = f"{task}, {steps} steps, {option}"
         published[shown] = accuracy
-        options = [f"--{task}_task=1", f"--{option}", f"--max_iters={steps}", "--eval_interval=100000"]
+        options = [f"--{task}_task=1", *(f"--{part}" for part in option.split())]
+        options += [f"--max_iters={steps}", "--eval_interval=100000"]
         metrics = {"acc": f"{task}_acc", "exact": f"{task}_exact"}
         for seed in range(1337, 1337 + (1 if bench.quick else seeds)):
             runs[f"{shown}, seed {seed}"] = Run([*options, f"--random_seed={seed}"], metrics)
