@@ -25,6 +25,7 @@ class DiffusionConfig:
     next_weight: float = 0.0        # [0, 1e6] block, mixture: of next tokens' loss, where clean text is read
     mask_span: int = 8              # [1, 1e7] mask_policy=spans: mean length of a run, tokens
     beta_schedule: str = "cosine"   # gaussian: the share of signal abar(t)
+    noise_spread: float = 0.0       # [0, 1e6] gaussian: a token is denoised in 1 / (1 + spread) of the time
     token_evidence: bool = False    # gaussian: what x_t alone tells of its token joins input and logits
     noise_shift: float = 6.0        # (0, 1e6] gaussian: factor on the noise's amplitude against the signal's
     likelihood: str = "bound"       # evaluation: also (order) the exact one in fixed orders of unmasking
@@ -685,6 +686,15 @@ def abar(t, cfg):
     share = BETA_SCHEDULES[cfg.beta_schedule](t).clamp(1e-9, 1)
     return share / (share + (1 - share) * cfg.noise_shift**2)
 
+def token_levels(t, u, cfg):
+    """Levels t of rows, (B,1) or a number, u (B,T) uniform -> (B,T), each token's own level: it goes from 1
+    to the least there is while t passes through 1 / (1 + noise_spread) of [0, 1], from a moment set by u.
+
+    With 0 all tokens are denoised together; the larger, the more each is decided alone, its context either
+    clean or unknown, as in masked diffusion. The bound holds for every such path."""
+    spread = cfg.noise_spread
+    return ((1 + spread) * t - spread * u).clamp(1 / (cfg.diffusion_steps or 1000), 1)
+
 def amplitudes(t, cfg):
     """t (B,T) -> sqrt(abar) and sqrt(1 - abar), each (B,T,1) float32."""
     share = abar(t, cfg).unsqueeze(-1)
@@ -790,7 +800,11 @@ class Gaussian(Objective):
         t = t.clamp_min(1e-3) * self.max_noise(step)
         eps = draw.normal(T, self.net_cfg.n_embd)
         masked, dropped = self.mask(rows.maskable, u)
-        batch = Batch(x, masked, t[:, None] * (masked | dropped), rows.lengths, eps)
+        levels = t[:, None]
+        if self.cfg.noise_spread:                          # who has arrived has nothing to learn
+            levels = token_levels(levels, draw.uniform(T), self.cfg)
+            masked = masked & (levels > 1.5 / (self.cfg.diffusion_steps or 1000))
+        batch = Batch(x, masked, levels * (masked | dropped), rows.lengths, eps)
         if D:
             batch = batch._replace(z=latents_of(rows, D) * ~dropped)
         return batch, masked.sum()
@@ -861,33 +875,38 @@ class Gaussian(Objective):
         draws * B noise levels what it adds, and ln(noise / signal) there.
 
         The variational bound of as many steps as the network knows, else 1000 (VDM, arXiv 2107.00630, eq. 11
-        to 15): the sum over steps from t to s of (SNR(s) - SNR(t)) / 2 |x_0 - estimate(x_t)|^2, of which
-        `draws` are taken per row, stratified; x_1 against the normal distribution; and the tokens given x_t
-        at the first step."""
-        cfg, table, n, B = self.cfg, net.table(), self.cfg.diffusion_steps or 1000, len(x)
-        C, share = table.shape[1], abar(torch.arange(1, n + 1) / n, cfg)
-        ratio, x0 = share / (1 - share), F.embedding(x, table)
-        prior = 0.5 * C * (-share[-1] - torch.log1p(-share[-1]) + share[-1])     # |x_0|^2 = C
+        to 15), noise_spread times more: the sum over steps from t to s of (SNR(s) - SNR(t)) / 2 |x_0 -
+        estimate(x_t)|^2, of which `draws` are taken per row, stratified; x_1 against the normal distribution;
+        and the tokens given x_t at the first step."""
+        cfg, table, B = self.cfg, net.table(), len(x)
+        n, C = round((cfg.diffusion_steps or 1000) * (1 + cfg.noise_spread)), table.shape[1]
+        share, u = abar(torch.ones(1), cfg), torch.rand(x.shape, generator=generator)
+        x0 = F.embedding(x, table)
+        prior = 0.5 * C * (-share - torch.log1p(-share) + share)                 # |x_0|^2 = C
         total, gains, levels = prior.repeat(B).to(x.device), [], []
-        step = (stratified(draws * B, generator) * (n - 1)).ceil().long().clamp_min(1)
+        step = (stratified(draws * B, generator) * (n - 1)).ceil().clamp_min(1)
         step = step[torch.randperm(draws * B, generator=generator)].split(B)
 
         def noised(at):
-            t = ((at + 1) / n)[:, None].expand(x.shape).to(x.device)
+            t = token_levels((at[:, None] + 1) / n, u, cfg)
             eps = torch.randn(x0.shape, generator=generator).to(x.device)
-            return embedded(x, t, eps, table, cfg)[1], t
+            return embedded(x, t.to(x.device), eps, table, cfg)[1], t.to(x.device)
+
+        def ratio(at):
+            share = abar(token_levels((at[:, None] + 1) / n, u, cfg), cfg)
+            return share / (1 - share)
         for at in step:
             x_t, t = noised(at)
-            error = (refined(net, x_t, t, table, cfg).x0 - x0).square().sum(-1).mean(1)
-            gains.append((n - 1) / 2 * (ratio[at - 1] - ratio[at]).to(x.device) * error)
-            levels.append(-ratio[at].log())
+            error = (refined(net, x_t, t, table, cfg).x0 - x0).square().sum(-1)
+            gains.append((n - 1) / 2 * (ratio(at - 1) - ratio(at)).to(x.device) * error)
+            levels.append(-ratio(at).log())
         x_t, t = noised(torch.zeros(B))
         a, s = amplitudes(t, cfg)
         logits = a / s.square() * (x_t @ table.T)          # any decoder is allowed; the network knows more
         if cfg.token_evidence:
             logits = estimate(net, x_t, t, table, cfg).logits
-        total = total + weighted_nats(logits, x, 1 / x.shape[1]) + torch.stack(gains).mean(0)
-        return total, torch.cat(gains).cpu(), torch.cat(levels)
+        total = total + weighted_nats(logits, x, 1 / x.shape[1]) + torch.stack(gains).mean((0, 2))
+        return total, torch.cat(gains).cpu().flatten(), torch.cat(levels).flatten()
 
     def fill(self, net, x, known, generator, sampler="", **options):
         name = sampler or self.sampler
@@ -1386,7 +1405,7 @@ def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, w
     return x
 
 # ---- Gaussian samplers: one step from x_t to x_s, s < t ----
-# (x_0 (B,T,C), x_t, abar_t, abar_s, eta, generator) -> x_s; the abars are numbers.
+# (x_0 (B,T,C), x_t, abar_t, abar_s, eta, generator) -> x_s; the abars are numbers, or (B,T,1).
 
 def ddpm(x0, x_t, at, as_, eta, generator):
     """The posterior q(x_s | x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7); eta is not used."""
@@ -1398,7 +1417,7 @@ def ddim(x0, x_t, at, as_, eta, generator):
     """DDIM (arXiv 2010.02502, eq. 12 and 16): eta 0 is deterministic, 1 has DDPM's variance."""
     sigma = eta * ((1 - as_) / (1 - at) * (1 - at / as_)) ** 0.5
     eps = (x_t - at**0.5 * x0) / (1 - at) ** 0.5
-    x = as_**0.5 * x0 + max(0.0, 1 - as_ - sigma**2) ** 0.5 * eps
+    x = as_**0.5 * x0 + torch.as_tensor(1 - as_ - sigma**2).clamp_min(0) ** 0.5 * eps
     return x + sigma * normal(x_t, generator) if eta else x
 
 def normal(like, generator):
@@ -1441,8 +1460,12 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
     if latent is not None:
         options["latent"] = latent
     x0_guess = free_guess = None
+    u = torch.rand(x.shape, generator=generator).to(x.device) if cfg.noise_spread else torch.zeros(())
     for t, s, at, as_ in steps:
         level, seen = x_t.new_full(x.shape, t), torch.where(given, clean, x_t)
+        if cfg.noise_spread:
+            level, after = (token_levels(q, u, cfg) for q in (t, s))
+            at, as_ = (abar(q, cfg).float().unsqueeze(-1) for q in (level, after))
         levels = level.masked_fill(known, 0)
         x0, logits, *_ = estimate(net, seen, levels, table, cfg, x0_guess=x0_guess, **options)
         if net.cfg.self_cond:

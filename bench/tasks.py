@@ -22,7 +22,7 @@ def suite():
               f"index, 1000 steps, rotary=1 observed_first=1 {deep}": (3, ""),
               "index, 1000 steps, direction=bidirectional": (1, ""),
               "index, 1000 steps, direction=bidirectional rotary=1": (3, ""),
-              "add, 1000 steps, mixer=attention n_layer=4": (1, ""),
+              "add, 1000 steps, mixer=attention n_layer=4": (3, ""),
               "add, 1000 steps, rotary=1 observed_first=1 n_layer=4": (1, ""),
               f"sudoku, 1000 steps, {sudoku}": (3, "0.551 in future-seed, 12 layers")}
     runs, published = {}, {}
