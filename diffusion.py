@@ -686,14 +686,16 @@ def abar(t, cfg):
     share = BETA_SCHEDULES[cfg.beta_schedule](t).clamp(1e-9, 1)
     return share / (share + (1 - share) * cfg.noise_shift**2)
 
+LEAST = 0.03    # the level at which tokens are read off; below it nothing is learned but rare, large errors
+
 def token_levels(t, u, cfg):
     """Levels t of rows, (B,1) or a number, u (B,T) uniform -> (B,T), each token's own level: it goes from 1
-    to the least there is while t passes through 1 / (1 + noise_spread) of [0, 1], from a moment set by u.
+    to LEAST while t passes through 1 / (1 + noise_spread) of [0, 1], from a moment set by u.
 
     With 0 all tokens are denoised together; the larger, the more each is decided alone, its context either
     clean or unknown, as in masked diffusion. The bound holds for every such path."""
     spread = cfg.noise_spread
-    return ((1 + spread) * t - spread * u).clamp(1 / (cfg.diffusion_steps or 1000), 1)
+    return ((1 + spread) * t - spread * u).clamp(LEAST, 1)
 
 def amplitudes(t, cfg):
     """t (B,T) -> sqrt(abar) and sqrt(1 - abar), each (B,T,1) float32."""
@@ -803,7 +805,7 @@ class Gaussian(Objective):
         levels = t[:, None]
         if self.cfg.noise_spread:                          # who has arrived has nothing to learn
             levels = token_levels(levels, draw.uniform(T), self.cfg)
-            masked = masked & (levels > 1.5 / (self.cfg.diffusion_steps or 1000))
+            masked = masked & (levels > 1.01 * LEAST)
         batch = Batch(x, masked, levels * (masked | dropped), rows.lengths, eps)
         if D:
             batch = batch._replace(z=latents_of(rows, D) * ~dropped)
@@ -877,7 +879,7 @@ class Gaussian(Objective):
         The variational bound of as many steps as the network knows, else 1000 (VDM, arXiv 2107.00630, eq. 11
         to 15), noise_spread times more: the sum over steps from t to s of (SNR(s) - SNR(t)) / 2 |x_0 -
         estimate(x_t)|^2, of which `draws` are taken per row, stratified; x_1 against the normal distribution;
-        and the tokens given x_t at the first step."""
+        and the tokens given x_t at the level LEAST."""
         cfg, table, B = self.cfg, net.table(), len(x)
         n, C = round((cfg.diffusion_steps or 1000) * (1 + cfg.noise_spread)), table.shape[1]
         share, u = abar(torch.ones(1), cfg), torch.rand(x.shape, generator=generator)

@@ -104,12 +104,12 @@ class Source:
 
 def integrated(p, cfg, n, C=8):
     """The bound of Source for two opposite embeddings, summed over all n steps, the noise integrated on a grid: prior, steps, tokens."""
-    share = abar(torch.arange(1, n + 1) / n, cfg).numpy()
+    share = abar(torch.arange(1, n + 1) / n, cfg).numpy()[max(1, math.ceil(n * diffusion.LEAST - 1e-6)) - 1:]
     snr, grid = share / (1 - share), np.linspace(-9, 9, 4001)
     density = np.exp(-grid**2 / 2) / np.exp(-grid**2 / 2).sum()
     odds = lambda r: 2 * np.sqrt(r * C) * (np.sqrt(r * C) + grid)    # log odds of a token against the other from x_t alone, given the token
     error = lambda r: sum(q * (density * C * (1 - np.tanh((odds(r) + np.log(q / (1 - q))) / 2)) ** 2).sum() for q in p)
-    steps = sum((snr[i - 1] - snr[i]) / 2 * error(snr[i]) for i in range(1, n))
+    steps = sum((snr[i - 1] - snr[i]) / 2 * error(snr[i]) for i in range(1, len(snr)))
     tokens = sum(q * (density * np.log1p(np.exp(-odds(snr[0]) - np.log(q / (1 - q))))).sum() for q in p)
     return 0.5 * C * (-share[-1] - np.log1p(-share[-1]) + share[-1]), steps, tokens
 
