@@ -215,8 +215,7 @@ def pyplot():
     return importlib.import_module("matplotlib.pyplot")
 
 def save_figure(name, figure):
-    path = where(name).removesuffix("json") + "png"
-    figure.savefig(path, dpi=100)
+    figure.savefig(path := where(name).removesuffix("json") + "png", dpi=100)
     print(f"  picture: {path}")
 
 def plot(name, title, curves):
@@ -429,34 +428,6 @@ def flops_per_token(cfg, T):
             total += 8 * C * C + 4 * C * T * (mixer == "attention")
     return total
 
-def counted_flops(cfg, T):
-    """The same, counted by torch.utils.flop_counter in a pass that is really run."""
-    from torch.utils.flop_counter import FlopCounterMode
-    def kernel(name, numbers, *args, **kwargs):                      # their numbers: B, T, H, N, ...
-        return 9 * math.prod(numbers[:3]) * numbers[3] ** 2 if name in ("wkv7", "wkv7_mix") else 0
-    def attention(q, k, v, *args, **kwargs):                         # torch counts attention on GPUs only
-        return 4 * math.prod(q) * k[2]
-    formulas = {torch.ops.nanodir_kernel.run: kernel,
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    net = nets.Denoiser(cfg).eval()
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        net(torch.zeros(1, T, dtype=torch.long))
-    return counter.get_total_flops() / T
-
-def suite_flops():
-    if reason := wkv_cuda.build("cpp"):
-        raise ValueError(f"the count runs the C++ kernel: {reason}")
-    found, rows, lengths = {}, {}, (512, 2048, 8192)
-    for name, cfg in directions().items():
-        flops = {T: flops_per_token(cfg, T) for T in lengths}
-        off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in (lengths[:1] if quick else lengths))
-        found[name] = {"flops": flops, "off": off}
-        rows[name] = {"parameters": parameters(cfg), "off": off, **{f"T={T}": flops[T] for T in lengths}}
-    table("FLOPs per token, one denoising step",
-          "network | parameters | T=512 | T=2048 | T=8192 | counted run differs by",
-          "{parameters:.2M} | {T=512:.2M} | {T=2048:.2M} | {T=8192:.2M} | {off:.1%}", rows)
-    return {"rows": found}
-
 def from_file(name):
     """The suite of bench/NAME.py, which imports what it needs of this file."""
     sys.modules.setdefault("bench", sys.modules[__name__])
@@ -466,9 +437,9 @@ def from_file(name):
     spec.loader.exec_module(module)
     return module
 
-SUITES = {"wkv": suite_wkv, "step": suite_step, "flops": suite_flops}
+SUITES = {"wkv": suite_wkv, "step": suite_step}
 SUITES |= {name: lambda name=name: from_file(name).suite()
-           for name in ("published", "tasks", "ablation", "text", "generate", "gaussian", "latent",
+           for name in ("published", "tasks", "flops", "ablation", "text", "generate", "gaussian", "latent",
                         "direction", "study", "dashboard", "gpu")}
 
 def main():

@@ -694,8 +694,7 @@ def token_levels(t, u, cfg):
 
     With 0 all tokens are denoised together; the larger, the more each is decided alone, its context either
     clean or unknown, as in masked diffusion. The bound holds for every such path."""
-    spread = cfg.noise_spread
-    return ((1 + spread) * t - spread * u).clamp(LEAST, 1)
+    return ((1 + cfg.noise_spread) * t - cfg.noise_spread * u).clamp(LEAST, 1)
 
 def amplitudes(t, cfg):
     """t (B,T) -> sqrt(abar) and sqrt(1 - abar), each (B,T,1) float32."""
@@ -751,8 +750,7 @@ def estimate(net, x_t, t, table, cfg, **options):
     return Estimate(x0, rounding(x0, table), vector, a, s)
 
 def refined(net, x_t, t, table, cfg, **options):
-    """As estimate; a network that takes an estimate gets that of a first pass, without a gradient
-    (self-conditioning, arXiv 2208.04202)."""
+    """As estimate; with self_cond that of a first pass goes in, without a gradient (arXiv 2208.04202)."""
     if net.cfg.self_cond:
         with torch.no_grad():
             options["x0_guess"] = estimate(net, x_t, t, table, cfg, **options).x0

@@ -103,7 +103,7 @@ class Sequence:
     back_valid: Optional[Tensor]  # the same for the rows of `reverse`
     last_at: Optional[Tensor]     # (B,) index in B * T of each row's last token; None = the row's end
     padded_left: bool             # may have padding before the text, too
-    turn: Optional[tuple] = None        # rotary: cos and sin, each (1 or B, T, 1, N/2), of the positions
+    turn: Optional[tuple] = None        # rotary: cos and sin, each (B,T,N/2), of the positions
     back_turn: Optional[tuple] = None   # the same for the rows of `reverse`
     seen: Optional[Tensor] = None       # rotary: of the new states
     order: Optional[Tensor] = None      # observed_first: (B * T,) the tokens in the order of the scan
@@ -136,9 +136,9 @@ class Sequence:
             return seq
         start = torch.zeros(B, dtype=torch.long, device=x.device) if start is None else start
         at = start[:, None] + torch.arange(T, device=x.device) - cfg.latent_prefix_len * seq.padded_left
-        turn, back, order = cls.turns(at, cfg), None, None
+        turn, back, order = rotation(at, cfg.head_size), None, None
         if block:
-            back = cls.turns(reverse_blocks(at.unsqueeze(-1), block).squeeze(-1), cfg)
+            back = rotation(reverse_blocks(at.unsqueeze(-1), block).squeeze(-1), cfg.head_size)
         seen = start + (T if lengths is None else lengths)
         if block_states:
             seen = at[:, ::block_states].flatten()
@@ -146,10 +146,6 @@ class Sequence:
             order = masked.long().argsort(dim=1, stable=True) + torch.arange(B, device=x.device)[:, None] * T
             order = order.flatten()
         return replace(seq, turn=turn, back_turn=back, seen=seen, order=order)
-
-    @staticmethod
-    def turns(at, cfg):
-        return tuple(z.unsqueeze(-2) for z in rotation(at, cfg.head_size))
 
     def turned(self, turn, **scan):
         """What Scan7.mix takes, with positions in receptances and keys, and the tokens in another order."""
@@ -161,7 +157,7 @@ class Sequence:
             return z.flatten(0, 1).index_select(0, order).view_as(z)
 
         def scan(r, w, k, v, a, b):
-            r, k, a, b = (rotate(z, *turn) for z in (r, k, a, b))
+            r, k, a, b = (rotate(z, *(q.unsqueeze(-2) for q in turn)) for z in (r, k, a, b))
             if self.order is None:
                 return inner(r, w, k, v, a, b)
             y, s = inner(*(at(self.order, z) for z in (r, w, k, v, a, b)))
@@ -239,9 +235,8 @@ class InitSeed(nn.Module):
     @classmethod
     def check(cls, cfg):
         if (direction(cfg) == "block" or cfg.dw_jrt_chunk) and not cls.keeps_context:
-            where = "blocks" if direction(cfg) == "block" else "chunks"
-            raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses {where}: "
-                             "choose dw_jrt_inject=gate")
+            raise ValueError(f"dw_jrt_inject={cfg.dw_jrt_inject} forgets the state that crosses blocks and "
+                             "chunks: choose dw_jrt_inject=gate")
 
     def gather(self, seeds):
         """The states after the layer below's pieces -> a seed for each piece."""

@@ -343,7 +343,7 @@ def test_rms_norm_and_tied_embeddings():
     (dict(mixer="rwkv8"), "'rwkv8' is unknown: choose from rwkv7, biwkv, attention"), (dict(block_size=0), "block_size=0 is not allowed"),
     (dict(mixer="biwkv", direction="causal"), "direction='causal' is not for mixer=biwkv: choose one of bidirectional"),
     (dict(direction="block", dw_jrt=True), "dw_jrt_inject=leak forgets .* choose dw_jrt_inject=gate"),
-    (dict(dw_jrt=True, dw_jrt_chunk=4), "forgets the state that crosses chunks"), (dict(dw_jrt=True, dw_jrt_inject="reverse"), "give dw_jrt_chunk"),
+    (dict(dw_jrt=True, dw_jrt_chunk=4), "choose dw_jrt_inject=gate"), (dict(dw_jrt=True, dw_jrt_inject="reverse"), "give dw_jrt_chunk"),
     (dict(observed_first=True), "knows? positions: --direction=causal --rotary=1"), (dict(observed_first=True, rotary=True, read_twice=True), "observed_first=1"),
     (dict(direction="alternate", dw_jrt_chunk=4), "dw_jrt_chunk=4 is for direction=causal"), (dict(latent_dim=4, read_twice=True), "read_twice=1 is for"), (dict(time_dim=3), "time_dim=3")])
 def test_impossible_networks(change, words):
