@@ -63,8 +63,12 @@ class Rows(NamedTuple):
     lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
     z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
 
+    def each(self, f):
+        """f of every tensor that there is."""
+        return Rows(*(None if part is None else f(part) for part in self))
+
     def to(self, device):
-        return Rows(*(part if part is None else part.to(device) for part in self))
+        return self.each(lambda part: part.to(device))
 
 class TextSource:
     """Text: a file in memory, a folder of `python data.py prepare`, or token files of others, data_bin and

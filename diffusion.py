@@ -226,7 +226,6 @@ class Objective:
     uses_all = True          # does every step use every parameter? (DistributedDataParallel must know)
     soft = False             # can it use a network that takes an estimate from before (self_cond)?
     ordered = False          # can its likelihood be taken in an order of unmasking?
-    eval_batches = math.inf  # at most so many batches of text are evaluated
 
     def __init__(self, cfg, net_cfg, steps=1):
         self.cfg, self.net_cfg, self.steps, self.mask_id = cfg, net_cfg, steps, net_cfg.vocab_size
@@ -851,7 +850,7 @@ class Gaussian(Objective):
         shown, task, latent, few = masked, source.kind == "task", {}, rows
         if not task:
             shown = (torch.rand(x.shape, generator=generator) < 0.3).to(x.device)
-            few = type(rows)(*(None if z is None else z[:size] for z in rows))
+            few = rows.each(lambda z: z[:size])
         if net.cfg.latent_dim:
             latent = dict(latent=clean_latent(net, latents_of(few, net.cfg.latent_dim)))
         metrics, alarm = gaussian_report(net, few.x, few.maskable, few.lengths, generator, self.cfg, **latent)
@@ -880,27 +879,24 @@ class Gaussian(Objective):
         and the tokens given x_t at the level LEAST."""
         cfg, table, B = self.cfg, net.table(), len(x)
         n, C = round((cfg.diffusion_steps or 1000) * (1 + cfg.noise_spread)), table.shape[1]
-        share, u = abar(torch.ones(1), cfg), torch.rand(x.shape, generator=generator)
-        x0 = F.embedding(x, table)
+        share, u, x0 = abar(torch.ones(1), cfg), torch.rand(x.shape, generator=generator), table[x]
         prior = 0.5 * C * (-share - torch.log1p(-share) + share)                 # |x_0|^2 = C
         total, gains, levels = prior.repeat(B).to(x.device), [], []
         step = (stratified(draws * B, generator) * (n - 1)).ceil().clamp_min(1)
         step = step[torch.randperm(draws * B, generator=generator)].split(B)
+        levels_at = lambda step: token_levels((step[:, None] + 1) / n, u, cfg)
 
-        def noised(at):
-            t = token_levels((at[:, None] + 1) / n, u, cfg)
+        def noised(t):
             eps = torch.randn(x0.shape, generator=generator).to(x.device)
             return embedded(x, t.to(x.device), eps, table, cfg)[1], t.to(x.device)
-
-        def ratio(at):
-            share = abar(token_levels((at[:, None] + 1) / n, u, cfg), cfg)
-            return share / (1 - share)
         for at in step:
-            x_t, t = noised(at)
+            t, before = levels_at(at), levels_at(at - 1)
+            ratio, next_ratio = (share / (1 - share) for share in (abar(t, cfg), abar(before, cfg)))
+            x_t, t = noised(t)
             error = (refined(net, x_t, t, table, cfg).x0 - x0).square().sum(-1)
-            gains.append((n - 1) / 2 * (ratio(at - 1) - ratio(at)).to(x.device) * error)
-            levels.append(-ratio(at).log())
-        x_t, t = noised(torch.zeros(B))
+            gains.append((n - 1) / 2 * (next_ratio - ratio).to(x.device) * error)
+            levels.append(-ratio.log())
+        x_t, t = noised(levels_at(torch.zeros(B)))
         a, s = amplitudes(t, cfg)
         logits = a / s.square() * (x_t @ table.T)          # any decoder is allowed; the network knows more
         if cfg.token_evidence:
@@ -1460,7 +1456,8 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
     if latent is not None:
         options["latent"] = latent
     x0_guess = free_guess = None
-    u = torch.rand(x.shape, generator=generator).to(x.device) if cfg.noise_spread else torch.zeros(())
+    if cfg.noise_spread:
+        u = torch.rand(x.shape, generator=generator).to(x.device)
     for t, s, at, as_ in steps:
         level, seen = x_t.new_full(x.shape, t), torch.where(given, clean, x_t)
         if cfg.noise_spread:

@@ -106,7 +106,7 @@ class Sequence:
     turn: Optional[tuple] = None        # rotary: cos and sin, each (B,T,N/2), of the positions
     back_turn: Optional[tuple] = None   # the same for the rows of `reverse`
     seen: Optional[Tensor] = None       # rotary: of the new states
-    order: Optional[Tensor] = None      # observed_first: (B * T,) the tokens in the order of the scan
+    order: Optional[tuple] = None       # observed_first: (B * T,) tokens in the scan's order, and the inverse
 
     @classmethod
     def of(cls, x, cfg, time, lengths, n, finished_text, block_states, has_latent, start=None, masked=None):
@@ -116,7 +116,7 @@ class Sequence:
         block = 0 if sees == "causal" else min(n, T)
         if sees == "bidirectional" and not finished_text:
             block = T
-        seen = n if finished_text else block
+        seen_block = 1 if sees == "causal" else n if finished_text else block
         seeded = cfg.dw_jrt and not finished_text
         piece = min(T, block or cfg.dw_jrt_chunk or T) if seeded else T
         valid, back_valid, last_at = real_tokens(x, lengths), None, None
@@ -128,9 +128,8 @@ class Sequence:
         if block and (valid is not None or T % block):
             real = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             back_valid = reverse_blocks(real.unsqueeze(-1), block).squeeze(-1)
-        seen = 1 if sees == "causal" else seen
         ahead = 1 if finished_text and not alternate else block or T
-        seq = cls(B, T, block, ahead, seen, seeded, piece, finished_text, block_states, time, valid,
+        seq = cls(B, T, block, ahead, seen_block, seeded, piece, finished_text, block_states, time, valid,
                   back_valid, last_at, has_latent is not None)
         if not cfg.rotary:
             return seq
@@ -144,7 +143,7 @@ class Sequence:
             seen = at[:, ::block_states].flatten()
         if masked is not None:
             order = masked.long().argsort(dim=1, stable=True) + torch.arange(B, device=x.device)[:, None] * T
-            order = order.flatten()
+            order = order.flatten(), order.flatten().argsort()
         return replace(seq, turn=turn, back_turn=back, seen=seen, order=order)
 
     def turned(self, turn, **scan):
@@ -153,16 +152,17 @@ class Sequence:
             return scan
         inner = scan.get("scan") or functools.partial(wkv7_leaky, **scan)
 
-        def at(order, z):
+        def placed(z, order):
             return z.flatten(0, 1).index_select(0, order).view_as(z)
 
-        def scan(r, w, k, v, a, b):
+        def in_order(r, w, k, v, a, b):
             r, k, a, b = (rotate(z, *(q.unsqueeze(-2) for q in turn)) for z in (r, k, a, b))
             if self.order is None:
                 return inner(r, w, k, v, a, b)
-            y, s = inner(*(at(self.order, z) for z in (r, w, k, v, a, b)))
-            return at(self.order.argsort(), y), s
-        return dict(scan=scan)
+            order, back = self.order
+            y, s = inner(*(placed(z, order) for z in (r, w, k, v, a, b)))
+            return placed(y, back), s
+        return dict(scan=in_order)
 
     def last(self, x, before):
         """What a token shift must know of x (B,T,C) to go on: its last token (B,C); with block_states those
@@ -948,29 +948,28 @@ class Denoiser(nn.Module):
             has_latent = (latent != 0).any(-1)                                   # (B,)
             x, time, lengths = self.add_prefix(latent, x, time, lengths)         # (B,P+T,C)
             masked = None if masked is None else F.pad(masked, (cfg.latent_prefix_len, 0))
-        twice = None
+        twice, rows = None, lengths
         if cfg.read_twice and not finished_text:
-            x, time, lengths, twice = self.doubled(x, time, lengths)
+            x, time, rows, twice = self.doubled(x, time, lengths)
         seen = None if state is None else state[0].seen
-        seq = Sequence.of(x, cfg, time, lengths, n, finished_text, block_states, has_latent, seen, masked)
+        seq = Sequence.of(x, cfg, time, rows, n, finished_text, block_states, has_latent, seen, masked)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for at, i in enumerate(self.order):
             x, s, carry = self.blocks[i](x, None if state is None else state[at], seq, carry)
             states.append(s)
         if twice is not None:
-            x, lengths = x.gather(1, twice[..., None].expand(-1, -1, x.shape[2])), lengths // 2
+            x = x.gather(1, twice[..., None].expand(-1, -1, x.shape[2]))
         return self.heads(self.ln_out(x), lengths, has_latent, states)
 
     def doubled(self, x, time, lengths):
         """Each row twice (read twice: JRT, arXiv 2407.05483), the second time right after its last real token
         -> x (B,2T,C), time, lengths, and where the second reading is, (B,T)."""
         B, T, C = x.shape
-        lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
-        at, n = torch.arange(2 * T, device=x.device).expand(B, -1), lengths[:, None]
+        at, n = torch.arange(2 * T, device=x.device).expand(B, -1), T if lengths is None else lengths[:, None]
         source = torch.where(at < n, at, at - n).clamp_max(T - 1)
         again = lambda z: z.gather(1, source[..., None].expand(-1, -1, C))
         time = time if time is None or time.shape[1] == 1 else again(time.expand(-1, T, -1))
-        return again(x), time, 2 * lengths, at[:, :T] + n
+        return again(x), time, None if lengths is None else 2 * lengths, at[:, :T] + n
 
     def embed_time(self, x, t, latent_t, lengths, n):
         """The noise level, given or counted, embedded: (B,1,C) or (B,T,C); None where nothing looks at it."""

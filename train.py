@@ -551,7 +551,7 @@ def evaluate(run, step):
             seed = f"{seed} {step}"
         rows = run.source.eval_rows(cfg.struct_eval_n, seed)
     else:
-        rows = run.source.eval_rows(cfg.batch_size * min(cfg.eval_iters, run.objective.eval_batches))
+        rows = run.source.eval_rows(cfg.batch_size * cfg.eval_iters)
     with torch.no_grad(), autocast(cfg, run.device):
         generator = data.generator(cfg.struct_eval_seed, 0, 2)
         return run.evaluated.evaluate(run.source, rows.to(run.device), generator, cfg.batch_size)

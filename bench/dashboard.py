@@ -10,6 +10,7 @@ import data
 import diffusion
 from bench import Run, bigram_kl, from_file, pyplot, quality, reopened, save_figure, table, trained
 
+latent, gaussian = from_file("latent"), from_file("gaussian")
 T, LEVELS, BLOCKS, CALLS = 128, (0.2, 0.35, 0.5, 0.65, 0.8), (32, 64, 128), (2, 4, 8, 16, 32)
 
 def runs_on(text, pairs):
@@ -49,31 +50,23 @@ class Judge:
         compared = mauve.compute_mauve(p_features=self.own, q_features=self.features(ids), verbose=False)
         return found | {"mauve": float(compared.mauve)}
 
+@torch.no_grad()
 def denoised(folder, judge, source):
     """Held-out texts noised whole, denoised in one pass, drawn by nucleus sampling; and texts from noise."""
     (net, cfg), x, draws = reopened(folder), judge.held_out, data.generator(1, 0, 3)
-    found, table_ = {"bleu": [], "right": []}, net.table()
+    found, embeddings = {"bleu": [], "right": []}, net.table()
     for level in LEVELS:
         t = torch.full(x.shape, level)
-        eps = torch.randn(*x.shape, table_.shape[1], generator=draws)
-        logits = diffusion.estimate(net, diffusion.embedded(x, t, eps, table_, cfg)[1], t, table_, cfg).logits
+        eps = torch.randn(*x.shape, embeddings.shape[1], generator=draws)
+        x_t = diffusion.embedded(x, t, eps, embeddings, cfg)[1]
+        logits = diffusion.estimate(net, x_t, t, embeddings, cfg).logits
         y = diffusion.draw(logits, 1.0, 0, 0.9, draws)[0]
         found["right"].append((y == x).float().mean().item())
-        found["bleu"].append(bleu(source, y, x))
-    nothing = torch.full(x.shape, net.mask_id)
-    y = diffusion.SAMPLERS["ddim"](net, nothing, nothing != net.mask_id, net.mask_id, draws, cfg=cfg,
-                                   steps=50, top_p=0.9, temperature=1.0)
-    return found | judge.scores(y) | {"sample": source.tokenizer.decode(y[0].tolist())}
+        found["bleu"].append(latent.overlap(source, y, x).get("bleu"))
+    y = gaussian.sampled(folder, len(x), T, "ddim", 50, top_p=0.9, temperature=1.0)
+    return found | judge.scores(y) | {"sample": latent.decoded(source, y)[0]}
 
-def bleu(source, y, x):
-    """Of texts y against x, in %; None without sacrebleu."""
-    try:
-        import sacrebleu
-    except ImportError:
-        return None
-    texts, truth = (list(map(source.tokenizer.decode, z.tolist())) for z in (y, x))
-    return sacrebleu.corpus_bleu(texts, [truth], force=True).score
-
+@torch.no_grad()
 def pareto(folder, judge):
     """{"block N, S calls": quality and tokens per second} of texts from one network of several sizes."""
     (net, cfg), x, found = reopened(folder), judge.held_out, {}
@@ -90,26 +83,30 @@ def pareto(folder, judge):
 
 def suite():
     """In less than half an hour on two cores; the runs stay in OUT/local."""
-    latent, n = from_file("latent"), 8 if bench.quick else 256
-    work, pairs, text = latent.texts()
+    n, (work, pairs, text) = 8 if bench.quick else 256, latent.texts()
     work = os.path.join(work, "dashboard")
     source = data.TextSource(text, T, "byte")
     held_out, runs = source.eval_rows(n)[0], runs_on(text, pairs)
     judge = Judge(trained(runs, "next token", work), held_out)
 
+    def with_latents(folder):
+        (net, cfg), texts = reopened(folder), data.PairSource(pairs, T)
+        x, _, lengths, z = texts.eval_rows(10 * n)
+        found = {"perplexity": latent.perplexity(folder, trained(runs, "next token", work), held_out)}
+        found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
+        return found | latent.text_scores(net, cfg, texts, x[:64], z[:64])
+
+    def next_token(folder):
+        return {"perplexity": latent.perplexity(folder, folder, held_out)} | judge.scores(held_out)
+    measures = {"next token": next_token, "latents": with_latents,
+                "embeddings": lambda folder: denoised(folder, judge, source),
+                "blocks": lambda folder: {"pareto": pareto(folder, judge)}}
+
     @torch.no_grad()
     def measure(name, folder):
-        net, cfg = reopened(folder)
-        if name == "latents":
-            x, _, lengths, z = data.PairSource(pairs, T).eval_rows(10 * n)
-            found = {"perplexity": latent.perplexity(folder, trained(runs, "next token", work), held_out)}
-            found |= diffusion.latent_report(net, x, lengths, z, data.generator(1, 0, 2), cfg)
-            return found | latent.text_scores(net, cfg, data.PairSource(pairs, T), x[:64], z[:64])
-        if name == "next token":
-            return {"perplexity": latent.perplexity(folder, folder, held_out)} | judge.scores(held_out)
-        return denoised(folder, judge, source) if name == "embeddings" else {"pareto": pareto(folder, judge)}
+        return measures[name](folder)
     found = quality("dashboard", runs, measure, work=work)
-    speed = from_file("gaussian").denoising_ms()
+    speed = gaussian.denoising_ms()
     shown(found, speed)
     return {"runs": found, "speed": speed}
 

@@ -13,11 +13,12 @@ from bench import (BASELINE, Run, alternated, attention_baseline, bigram_kl, cho
                    plot, quality, read_log, reopened, step_ms, table, table_of_ms)
 
 @torch.no_grad()
-def sampled(folder, rows, length, sampler, steps):
-    """`rows` unconditional samples of a run -> ids (rows,length)."""
+def sampled(folder, rows, length, sampler, steps, **options):
+    """`rows` unconditional samples of a run -> ids (rows,length). options: of the sampler."""
     net, cfg = reopened(folder)
     x, draws = torch.full((rows, length), net.mask_id), data.generator(1, 0, 3)
-    options = {"cfg": cfg} if sampler in diffusion.GAUSSIAN_STEPS else {}
+    if sampler in diffusion.GAUSSIAN_STEPS:
+        options["cfg"] = cfg
     return diffusion.SAMPLERS[sampler](net, x, x != net.mask_id, net.mask_id, draws, steps=steps, **options)
 
 def gaussian_runs():

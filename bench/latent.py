@@ -1,4 +1,5 @@
 """python bench.py --suite=latent: texts with latents, both directions, Stage II, is language kept?"""
+import importlib.util
 import os
 import statistics
 
@@ -90,21 +91,27 @@ def gaussian_text_nats(net, cfg, x, z):
     return found
 
 def text_scores(net, cfg, source, x, z):
-    """BLEU and chrF, in %, of texts sampled from latents against the texts x, if sacrebleu is there."""
+    """`overlap` of texts sampled from latents with the texts x, for each of VARIANTS."""
+    if not importlib.util.find_spec("sacrebleu"):
+        return {}
+    if net.latent_encoder is not None:
+        z = net.posterior(x)[0]
+    found, options = {}, dict(steps=50, temperature=0.5)
+    options["sampler"] = "ddim" if net.cfg.gaussian else "first_hitting"
+    for suffix, variant in VARIANTS.items():
+        ids = diffusion.sample_text_from_latent(net, variant(z), 128, data.generator(2, 0, 3), cfg, **options)
+        found |= {f"{name}{suffix}": score for name, score in overlap(source, ids, x).items()}
+    return found
+
+def overlap(source, y, x):
+    """BLEU and chrF of texts y against x, ids (n,T) each, in %; nothing without sacrebleu."""
     try:
         import sacrebleu
     except ImportError:
         return {}
-    if net.latent_encoder is not None:
-        z = net.posterior(x)[0]
-    found, truth, options = {}, [decoded(source, x)], dict(steps=50, temperature=0.5)
-    options["sampler"] = "ddim" if net.cfg.gaussian else "first_hitting"
-    for suffix, variant in VARIANTS.items():
-        ids = diffusion.sample_text_from_latent(net, variant(z), 128, data.generator(2, 0, 3), cfg, **options)
-        texts = decoded(source, ids)
-        found[f"bleu{suffix}"] = sacrebleu.corpus_bleu(texts, truth, force=True).score
-        found[f"chrf{suffix}"] = sacrebleu.corpus_chrf(texts, truth).score
-    return found
+    texts, truth = decoded(source, y), [decoded(source, x)]
+    return {"bleu": sacrebleu.corpus_bleu(texts, truth, force=True).score,
+            "chrf": sacrebleu.corpus_chrf(texts, truth).score}
 
 def joint_scores(net, cfg, source, x, n):
     """How n texts and latents sampled together fit: the share of the latents that are further from a text's
