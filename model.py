@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import UserError, checked, merge, section, written
-from wkv_cuda import HEAD_SIZES, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
+from wkv_cuda import HEAD_SIZES, KeptLinear, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
 
 @dataclass
 class ModelConfig:
@@ -62,6 +63,7 @@ class ModelConfig:
     rank_a: int = 0                 # [0, 1e6] ... of the in-context learning rate's
     rank_v: int = 0                 # [0, 1e6] ... of the value residual's
     rank_g: int = 0                 # [0, 1e6] ... of the gate's
+    adapter_rank: int = 0           # [0, 1e6] RWKV-7's matrices get low-rank additions, for denoising only
 
 # ---- what goes into a layer and comes out of it ----
 
@@ -425,6 +427,27 @@ def low_ranks(cfg, first):
     paths = {"w": rank(cfg.rank_w, 2.5), "a": rank(cfg.rank_a, 2.5), "g": rank(cfg.rank_g, 5)}
     return paths if first else paths | {"v": rank(cfg.rank_v, 1.7)}
 
+def times(x, w):
+    """x w, also where keep_weights has made w a KeptLinear."""
+    return w(x) if isinstance(w, KeptLinear) else x @ w
+
+class Linear(nn.Linear):
+    """x W^T, and where adapter_rank says so a low-rank addition (LoRA, arXiv 2106.09685), 0 at first. Only
+    denoising has it: finished text is read as by the network that was adapted, and so are its states."""
+
+    def __init__(self, cfg, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+        self.kept = self.down = self.up = None
+        if cfg.adapter_rank:
+            self.down = nn.Parameter(torch.randn(cfg.adapter_rank, n_in) * n_in**-0.5)
+            self.up = nn.Parameter(torch.zeros(n_out, cfg.adapter_rank))
+
+    def forward(self, x, finished_text):
+        y = super().forward(x) if self.kept is None else self.kept(x)
+        if self.down is None or finished_text:
+            return y
+        return y + F.linear(F.linear(x, self.down), self.up)
+
 class Scan7(nn.Module):
     """One scan of RWKV-7 time mixing (arXiv 2503.14456, section 4) up to the output matrix, with names and
     shapes of the official x070. `like`: another scan whose projections this one uses instead of its own."""
@@ -442,21 +465,22 @@ class Scan7(nn.Module):
             for name, D in low_ranks(cfg, first).items():
                 setattr(self, name + "1", nn.Parameter(torch.empty(C, D)))
                 setattr(self, name + "2", nn.Parameter(torch.empty(D, C)))
-            self.receptance, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+            self.receptance, self.key, self.value = (Linear(cfg, C, C) for _ in range(3))
 
-    def mix(self, x, last, valid, v_first, **scan):
+    def mix(self, x, last, valid, v_first, finished_text=False, **scan):
         """x (B,T,C), last (B,C) the one before, valid (B,T) or None -> (B,T,C) to project, state, its values.
         scan: s0, leak and every, as wkv7_leaky takes them, or `scan` to call instead of it."""
         m = self if self.like[0] is None else self.like[0]
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
         xr, xw, xk, xv, xa, xg = shift_mix(x, last, mixes)
-        r, k, v = m.receptance(xr), m.key(xk), m.value(xv)
-        w = torch.tanh(xw @ m.w1) @ m.w2                    # log-decay in (-0.607, 0), eq. 4 of the paper
-        a = (xa @ m.a1) @ m.a2                              # in-context learning rate
-        g = torch.sigmoid(xg @ m.g1) @ m.g2
+        projections = (m.receptance, xr), (m.key, xk), (m.value, xv)
+        r, k, v = (linear(z, finished_text) for linear, z in projections)
+        w = times(torch.tanh(times(xw, m.w1)), m.w2)        # log-decay in (-0.607, 0), eq. 4 of the paper
+        a = times(times(xa, m.a1), m.a2)                    # in-context learning rate
+        g = times(torch.sigmoid(times(xg, m.g1)), m.g2)
         gate, v0 = None, None
         if v_first is not None:                             # the value residual
-            gate, v0 = (xv @ m.v1) @ m.v2, self.v0
+            gate, v0 = times(times(xv, m.v1), m.v2), self.v0
         y, s = wkv7_mix(r, w, a, k, v, gate, v_first, g, self.w0, self.a0, v0, self.k_k, self.k_a, self.r_k,
                         self.ln_x.weight, self.ln_x.bias, self.ln_x.eps, valid, self.N, **scan)
         return y, s, v
@@ -469,13 +493,14 @@ class RWKV7(Mixer, Scan7):
     def __init__(self, cfg, layer):
         first = not scans_below(cfg, layer)
         super().__init__(cfg, first)
-        self.output = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.output = Linear(cfg, cfg.n_embd, cfg.n_embd)
         seeded = cfg.dw_jrt and not first and layer >= cfg.dw_jrt_layer_start
         self.jrt = DW_JRT_INJECT[cfg.dw_jrt_inject](cfg) if seeded else None
         self.back = self.fuse = None
         self.backward = scans_back(cfg, layer)
         if two_scans(cfg):
-            self.back = Scan7(cfg, first, like=self if cfg.tie_directions else None)
+            plain = replace(cfg, adapter_rank=0)         # it learns whole
+            self.back = Scan7(plain, first, like=self if cfg.tie_directions else None)
             self.fuse = FUSIONS[cfg.fusion](cfg)
 
     def forward(self, x, state, seq, carry):
@@ -488,7 +513,8 @@ class RWKV7(Mixer, Scan7):
             scan = dict(s0=s0, leak=leak, every=seq.block_states)
         else:
             scan = dict(scan=lambda *inputs: self.scan_pieces(inputs, s0, seq, seeds))
-        y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, **seq.turned(seq.turn, **scan))
+        y, s, v = self.mix(seq.shifted(x), last, seq.valid, carry.v_first, seq.finished_text,
+                           **seq.turned(seq.turn, **scan))
         ends = [s] if len(seeds) == 1 else s           # the state after each piece
         s = ends[-1]
         if seq.block_states:                           # states at block starts are rows of their own
@@ -505,7 +531,7 @@ class RWKV7(Mixer, Scan7):
             if carry.v_first_back is None:
                 carry = carry._replace(v_first_back=v)
             y = self.fuse(y, seq.unreverse(z))
-        return self.output(y), s, seq.last(x, last), carry
+        return self.output(y, seq.finished_text), s, seq.last(x, last), carry
 
     def from_the_end(self, x, seq, carry):
         """A backward scan alone, inside each block: no state goes on from it but DW-JRT's seeds."""
@@ -514,12 +540,12 @@ class RWKV7(Mixer, Scan7):
             v_first = seq.reverse(carry.v_first)
         if carry.seeds:                                # a row for each block, as in seq.reverse
             s0, leak = self.start(None, torch.stack(carry.seeds, 1).flatten(0, 1))
-        y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first,
+        y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first, seq.finished_text,
                            **seq.turned(seq.back_turn, s0=s0, leak=leak))
         carry = carry._replace(v_first_back=v_first)
         if seq.seeded:
             carry = carry._replace(seeds=list(s.unflatten(0, (seq.B, -1)).unbind(1)))
-        return self.output(seq.unreverse(y)), None, None, carry
+        return self.output(seq.unreverse(y), seq.finished_text), None, None, carry
 
     def start(self, s0, seed):
         """s0: carried state, seed: the layer below's final one, (B,H,N,N) or None -> first state, leak."""
@@ -802,8 +828,7 @@ class ChannelMix(nn.Module):
         self.x_k = nn.Parameter(torch.empty(1, 1, cfg.n_embd)) if cfg.ffn_shift != "none" else None
         self.reach, width = FFN_SHIFTS[cfg.ffn_shift], cfg.dim_ffn or 4 * cfg.n_embd
         self.backward = cfg.ffn_shift == "before" and scans_back(cfg, layer)      # the token after, then
-        self.key = nn.Linear(cfg.n_embd, width, bias=False)
-        self.value = nn.Linear(width, cfg.n_embd, bias=False)
+        self.key, self.value = Linear(cfg, cfg.n_embd, width), Linear(cfg, width, cfg.n_embd)
 
     def forward(self, x, state, seq):
         k, last = x, None if state is None else state.ffn_shift
@@ -813,7 +838,8 @@ class ChannelMix(nn.Module):
             k = seq.unreverse(*shift_mix(seq.reverse(x), None, self.x_k))
         elif self.x_k is not None:
             k, = shift_mix(seq.shifted(x), last, self.x_k)
-        return self.value(squared_relu(self.key(k))), None if self.backward else seq.last(x, last)
+        y = self.value(squared_relu(self.key(k, seq.finished_text)), seq.finished_text)
+        return y, None if self.backward else seq.last(x, last)
 
 class Block(nn.Module):
     """x + mixer(x), then x + channel mix(x), each normed and conditioned on the noise level."""
@@ -1028,7 +1054,8 @@ class Denoiser(nn.Module):
             if prefix is not None:
                 first = torch.where(has_latent[:, None, None], prefix[:, -1:], first)
             shown = torch.cat([first, h[:, :-1]], 1)
-        logits = F.linear(shown, self.emb.weight[:-1] if cfg.tie_embeddings else self.head.weight).float()
+        logits = F.linear(shown, self.emb.weight[:-1]) if cfg.tie_embeddings else self.head(shown)
+        logits = logits.float()
         if cfg.logit_cap:
             logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)          # (B,T,V)
         if cfg.latent_dim:
@@ -1237,7 +1264,7 @@ PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what 
 SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "mixer",
           "rank_w", "rank_a", "rank_v", "rank_g")
 # What pretrained weights may lack: DW-JRT, backward scan, noise level, latents; only DW-JRT changes logits.
-ADDED = (".jrt.", ".back.", ".fuse.", ".cond.", "time.", "enter.", "vector.", "latent_")
+ADDED = (".jrt.", ".back.", ".fuse.", ".down", ".up", ".cond.", "time.", "enter.", "vector.", "latent_")
 
 def save_checkpoint(path, content):
     """Written whole or not at all (configurator.written). UserError if the folder cannot be written."""
@@ -1414,6 +1441,18 @@ def load_weights(model, weights, path):
             raise ValueError(f"{path} {what} {', '.join(keys[:4])}{more}: it was made by another model; "
                              "give the settings it was trained with")
     model.load_state_dict(own | {k: v.reshape(own[k].shape).to(own[k].dtype) for k, v in found.items()})
+
+def keep_weights(model, kind):
+    """For inference alone: the matrices of the blocks and the head are kept as `kind`, a row of KEPT."""
+    for module in [*model.modules()]:
+        if isinstance(module, Linear):
+            module.kept, module.weight = KeptLinear(module.weight, kind), None
+        for name, p in [*module.named_parameters(recurse=False)] if isinstance(module, Scan7) else []:
+            if re.fullmatch("[wavg][12]", name):
+                delattr(module, name)
+                setattr(module, name, KeptLinear(p.mT, kind))
+    if not model.cfg.tie_embeddings:
+        model.head = KeptLinear(model.head.weight, kind)
 
 # ---- the machine ----
 

@@ -56,6 +56,7 @@ watch = False               # show each step in the terminal
 watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
+weights = "fp32"            # fp32 | bf16 | int8: how matrices are kept, so many bytes less are read per token
 
 MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim: masked; green: what a step decided
 
@@ -264,6 +265,7 @@ def main(cfg):
     with reading(ckpt, "its tokenizer is damaged"):
         tokenizer = data.Tokenizer(**saved["tokenizer"])
     model = nets.from_pretrained(ckpt, saved).to(device).eval()
+    nets.keep_weights(model, weights)
     task = tasks.chosen(trained)
     kind = data.TaskSource if task else data.TextSource
     name = trained["objective"] or kind.objective
@@ -286,5 +288,5 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors():
         names = dict(sampler=["", *diffusion.SAMPLERS], mode=["", "l2t", "t2l", "joint", "stage2"],
-                     wkv_impl=wkv_cuda.BACK_ENDS)
+                     wkv_impl=wkv_cuda.BACK_ENDS, weights=wkv_cuda.KEPT)
         main(configure(globals(), show=False, families=("WKV_*",), prefix="SAMPLE_", choices=names))

@@ -10,12 +10,13 @@ import torch
 
 import test_biwkv
 import test_block
+import test_linear
 import test_wkv7
 import wkv_cuda
 from conftest import ROOT
 from wkv_cuda import loader
 
-KERNELS = ("wkv7", "block", "biwkv")
+KERNELS = ("wkv7", "block", "biwkv", "linear")
 SOURCES = [Path(ROOT, "wkv_cuda", f"{name}.cpp") for name in KERNELS]
 FLAGS = ["-std=c++20", "-fno-math-errno", "-Wno-psabi"]
 GCC, CLANG, ARM = "g++", "clang++", "aarch64-linux-gnu-g++"
@@ -84,6 +85,7 @@ def test_every_width_computes_the_definitions(width, tmp_path, monkeypatch):
     need(compiler, *emulator)
     call = through([*emulator, program(compiler, flags, tmp_path)])
     monkeypatch.setattr(wkv_cuda.operators, "call", call)
+    monkeypatch.setattr(wkv_cuda.linear, "call", call)
     monkeypatch.setattr(loader, "build", lambda name: "")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for N in wkv_cuda.HEAD_SIZES:
@@ -99,6 +101,9 @@ def test_every_width_computes_the_definitions(width, tmp_path, monkeypatch):
         assert all((p - q).norm() <= 1e-5 * q.norm() for p, q in zip(a, b))
     for op in test_block.OPS:
         test_block.check(*test_block.case(op, 3, 7))
+    for kind in wkv_cuda.KEPT:
+        for shape in test_linear.SHAPES:
+            test_linear.check(kind, *shape)
     x = test_biwkv.inputs(2, 9, 20, True)                  # no multiple of any width
     test_biwkv.close(*(test_biwkv.output_and_gradients(f, x, dtype) for f, dtype in
                        ((wkv_cuda.biwkv, torch.float32), (wkv_cuda.biwkv_loop, torch.float64))))

@@ -123,9 +123,11 @@ void wkv7_output(const Call&);
 void wkv7_mix(const Call&);
 void read_state(const Call&);
 void squared_relu(const Call&);
+void linear(const Call&);
 void peak(const Call&);
 
 constexpr struct { const char* name; void (*kernel)(const Call&); } CPU_KERNELS[] = {
     {"wkv7", wkv7}, {"biwkv", biwkv}, {"shift_mix", shift_mix},
     {"wkv7_inputs", wkv7_inputs}, {"wkv7_output", wkv7_output},
-    {"wkv7_mix", wkv7_mix}, {"read_state", read_state}, {"squared_relu", squared_relu}, {"peak", peak}};
+    {"wkv7_mix", wkv7_mix}, {"read_state", read_state}, {"squared_relu", squared_relu},
+    {"linear", linear}, {"peak", peak}};
