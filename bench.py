@@ -49,6 +49,7 @@ import diffusion
 import model as nets
 import wkv_cuda
 from configurator import configure, one_line_errors
+from model import flops_per_token  # noqa: F401
 
 # ---- settings ----
 suite = "step"              # which table
@@ -409,24 +410,6 @@ def directions():
     two_way, alternate = replace(base, direction="bidirectional"), replace(base, direction="alternate")
     return {"causal": base, **blocks, "alternate": alternate, "bidirectional": two_way,
             BASELINE: attention_baseline(two_way)}
-
-def flops_per_token(cfg, T):
-    """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan
-    (S a, the decay, two outer products, S r), 4 C T for attention over T keys; elementwise work, norms and
-    the embedding are left out."""
-    C, mixers = cfg.n_embd, nets.pattern(cfg)
-    total = 2 * C * cfg.vocab_size + len(nets.order(cfg)) * 4 * C * (cfg.dim_ffn or 4 * C)
-    for layer in nets.order(cfg):
-        mixer = mixers[layer]
-        if mixer == "rwkv7":
-            ranks = sum(nets.low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
-            scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
-            total += scan + 2 * C * C
-            if nets.two_scans(cfg):
-                total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
-        else:
-            total += 8 * C * C + 4 * C * T * (mixer == "attention")
-    return total
 
 def from_file(name):
     """The suite of bench/NAME.py, which imports what it needs of this file."""

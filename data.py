@@ -1,6 +1,7 @@
 """Texts and synthetic tasks to batches of token ids. B batch, T time, V vocabulary, D numbers in a latent.
 
-A source (TextSource, TaskSource, or PairSource for texts with latents) has a `tokenizer` and two methods:
+A source (TextSource, ChatSource for dialogues, TaskSource, PairSource for texts with latents) has a
+`tokenizer` and two methods:
 train_rows(step, B, lo, hi, seed), rows lo..hi of the global batch of B, and eval_rows(n, seed), rows of the
 held-out part. Both give ids (n,T) int64, which of them may be masked (n,T) bool, lengths (n,) or None where
 all rows are full, and of a PairSource latents (n,D). A row depends on nothing but the seed, the step and its
@@ -21,6 +22,7 @@ import ast
 import codecs
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -47,7 +49,7 @@ from tqdm import tqdm
 
 import tasks
 from configurator import (SettingError, UserError, configure, nearest, one_line_errors, reading, replace_file,
-                          written)
+                          short, written)
 
 SPLITS = ("train", "val")           # of a prepared text
 PAIRS = ("train", "validation")     # of texts with latents
@@ -105,13 +107,17 @@ class TextSource:
         x = ids[start[:, None] + torch.arange(self.T)].long()
         return Rows(x, torch.ones_like(x, dtype=torch.bool))
 
+    def disjoint(self):
+        """So many rows of the held-out part share no token."""
+        return len(self.val) // self.T
+
     def report(self, batches, title="bound"):
         """Bounds, an iterable of (rows,) nats per token -> val_loss, their mean, bits per character, byte and
         token with standard errors: None where too few windows are disjoint to tell."""
         bar = tqdm(batches, title, leave=False, disable=None, unit="batch")
         batches = [nats.double().cpu() for nats in bar]
         nats, means = torch.cat(batches).mean().item(), torch.stack([b.mean() for b in batches])
-        rows, disjoint = sum(map(len, batches)), len(self.val) // self.T    # as many windows share no token
+        rows, disjoint = sum(map(len, batches)), self.disjoint()
         se = None
         if min(disjoint, rows) >= 8 and len(means) > 1:    # mask counts are stratified over a batch
             se = means.std().item() / len(means) ** 0.5
@@ -125,6 +131,62 @@ class TextSource:
                 found[f"bits_per_{unit}"] = nats * bits
                 found[f"bits_per_{unit}_se"] = None if se is None else se * bits
         return found
+
+class ChatSource(TextSource):
+    """Dialogues and texts of a .jsonl file, see `turns`, each a row: what is given is never masked, responses
+    are learned, and once the end of the text. After it, up to the end of a block, stand masks that nobody
+    asks about, -1 here: where a text ends is not told by its masks. Of rows longer than T tokens the oldest
+    go first. The last tenth is held out. tokenizer: as for TextSource; it must have an end of text."""
+    kind = "chat"
+
+    def __init__(self, path, T, tokenizer="", block=32):
+        self.name, self.T, self.block, self.cut = str(path), T, block, 0
+        self.tokenizer = Tokenizer(tokenizer or "byte") if isinstance(tokenizer, str) else tokenizer
+        if self.tokenizer.eot_id is None:
+            raise ValueError(f"tokenizer={self.tokenizer.kind} has no end of text, which dialogues need: "
+                             "choose rwkv or gpt2, or make one with python data.py train-bpe")
+        lines = ((i, line) for i, line in enumerate(lines_of(path), 1) if line.strip())
+        rows = [self.row(record(path, line, f"line {i}", use=turns)) for i, line in lines]
+        if len(rows) < 2:
+            raise ValueError(f"{path} holds {len(rows)} dialogues: give at least 2, a tenth is held out")
+        if self.cut:
+            print(f"{path}: {self.cut} of {len(rows)} dialogues, longer than seq_len={T}, were cut")
+        held_out = max(1, len(rows) // 10)
+        self.train, self.val = rows[:-held_out], rows[-held_out:]
+        found = np.concatenate([ids[learned] for ids, learned in self.val])
+        found = found[found != self.tokenizer.eot_id].tolist()
+        self.chars_per_token, self.bytes_per_token = per_token(self.tokenizer, found)
+
+    def row(self, parts):
+        """[(text, learned)] -> ids (n,) int64, which are learned (n,)."""
+        ids, learned = [], []
+        for mine, run in itertools.groupby(parts, lambda part: part[1]):
+            ids += self.tokenizer.encode("".join(text for text, _ in run)).tolist()
+            learned += [mine] * (len(ids) - len(learned))
+        ids, learned = np.array([*ids, self.tokenizer.eot_id]), np.array([*learned, True])
+        drop = min(max(0, len(ids) - self.T), max(0, int(learned.argmax()) - 1))
+        self.cut += len(ids) > self.T
+        return ids[drop:drop + self.T], learned[drop:drop + self.T]
+
+    def disjoint(self):
+        return len(self.val)
+
+    def rows(self, rows):
+        lengths = torch.tensor([min(self.T, -(-len(ids) // self.block) * self.block) for ids, _ in rows])
+        x = torch.full((len(rows), int(lengths.max())), -1)
+        maskable = torch.zeros(x.shape, dtype=torch.bool)
+        for i, (ids, learned) in enumerate(rows):
+            x[i, :len(ids)], maskable[i, :len(ids)] = torch.from_numpy(ids), torch.from_numpy(learned)
+        return Rows(x, maskable, None if lengths.min() == x.shape[1] else lengths)
+
+    def train_rows(self, step, B, lo, hi, seed):
+        index = torch.randint(len(self.train), (B,), generator=generator(seed, step, 1))[lo:hi]
+        return self.rows([self.train[i] for i in index.tolist()])
+
+    def eval_rows(self, n, seed=None):
+        """n dialogues spread evenly over the held-out part, all if it has fewer."""
+        n = min(n, len(self.val))
+        return self.rows([self.val[i * (len(self.val) - 1) // max(1, n - 1)] for i in range(n)])
 
 class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, of tasks.params.
@@ -287,7 +349,28 @@ def one_line_end(text):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 def is_jsonl(path):
-    return str(path).lower().endswith(".jsonl")
+    return str(path).lower().endswith((".jsonl", ".jsonl.gz", ".zst"))
+
+def opened(path):
+    """A file, for reading its bytes; .gz and .zst are unpacked on the way."""
+    if str(path).lower().endswith(".gz"):
+        return gzip.open(path)
+    if not str(path).lower().endswith(".zst"):
+        return open(path, "rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{path} needs the zstandard package: pip install zstandard") from None
+    unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
+    return io.BufferedReader(unpacked, PIECE)
+
+@functools.lru_cache
+def text_size(path, size, time):
+    """Bytes of a file of `size` bytes, unpacked; time: when it last changed."""
+    if not str(path).lower().endswith((".gz", ".zst")):
+        return size
+    with reading(path, "it is truncated or damaged"), opened(path) as f:
+        return sum(map(len, iter(lambda: f.read(PIECE), b"")))
 
 def decode(raw, path, at=0, last=True):
     """Bytes of the file `path` from byte `at` on -> str, without half a character at the end."""
@@ -296,14 +379,60 @@ def decode(raw, path, at=0, last=True):
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {at + e.start}): give a plain text file") from None
 
-def record(path, line, place):
-    """A line of a .jsonl file -> the text in it. ValueError if it is not an object with a text."""
-    with reading(f"{path}, {place}", 'give lines such as {"text": "..."}'):
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+FORMS = ('{"text": ...}, {"prompt": ..., "response": ...} or '
+         '{"messages": [{"role": "user", "content": ...}, ...]}')
+
+def turns(found):
+    """An object of one of FORMS -> [(text, whether it is learned)], a dialogue as RWKV World writes them.
+    ValueError for anything else."""
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    messages = found.get("messages")
+    if isinstance(found.get("text"), str):
+        return [(one_line_end(found["text"]), True)]
+    if {"prompt", "response"} <= found.keys():
+        messages = [dict(role="user", content=found["prompt"]),
+                    dict(role="assistant", content=found["response"])]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("it has no text, no prompt with a response, and no messages")
+    parts = []
+    for message in messages:
+        message = message if isinstance(message, dict) else {}
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(f"a message has role {short(role)}, content of {type(content).__name__}: "
+                             f"roles are {', '.join(ROLES)}, contents text")
+        if role == "assistant" and not content.strip():
+            raise ValueError("a response is empty")
+        head = "\n\n" * bool(parts) + f"{ROLES[role]}:"
+        parts += [(head, False), (f" {one_line_end(content).strip()}", role == "assistant")]
+    if not parts[-1][1]:
+        raise ValueError("it does not end with a response of the assistant")
+    return parts
+
+def question(content):
+    """What a network that was trained on dialogues answers."""
+    return "".join(text for text, _ in turns(dict(prompt=content, response="-"))[:3])
+
+def record(path, line, place, use=lambda found: "".join(text for text, _ in turns(found))):
+    """What `use` makes of a line of a .jsonl file, its text. ValueError if it is not one of FORMS."""
+    with reading(f"{path}, {place}", f"give lines such as {FORMS}"):
         found = json.loads(line)
-        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-            raise ValueError("it has no text")
-        found["text"].encode()      # half of a surrogate pair is not text
-        return one_line_end(found["text"])
+        json.dumps(found, ensure_ascii=False).encode()      # half of a surrogate pair is not text
+        return use(found)
+
+def lines_of(path):
+    """The lines of a .jsonl file, bytes."""
+    with reading(path, "it is truncated or damaged"), opened(path) as f:
+        yield from f
+
+def has_turns(path):
+    """Is it a .jsonl file of dialogues? The first line tells."""
+    if not is_jsonl(path) or not os.path.isfile(path):
+        return False
+    first = next((line for line in lines_of(path) if line.strip()), b"")
+    return re.match(rb'\s*\{\s*"(messages|prompt|response)"', first) is not None or b'"messages"' in first
 
 def read_text(path):
     """A UTF-8 file -> (name, str); with no path the source of Python's own standard library, which every
@@ -315,7 +444,8 @@ def read_text(path):
             if len(text) < 2_000_000:
                 text += f.read_text(encoding="utf-8", errors="replace")
         return "standard library", text
-    text = one_line_end(decode(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), path))
+    with opened(path) as f:
+        text = one_line_end(decode(f.read().removeprefix(codecs.BOM_UTF8), path))
     if is_jsonl(path):
         lines = enumerate(text.split("\n"), 1)
         text = "".join(record(path, line, f"line {i}") + "\n" for i, line in lines if line.strip())
@@ -817,7 +947,7 @@ def side_by_side(tokenizer, target, masked, pred, width=10**6):
 
 # ==== training needs nothing below: the commands ============================================================
 
-PATTERN = "*.txt,*.md,*.jsonl"
+PATTERN = "*.txt,*.md,*.jsonl,*.jsonl.gz,*.jsonl.zst"
 
 def text_files(data_path, pattern=PATTERN):
     """A file, or those below a folder whose names fit one of the patterns, in order -> [[path, size, time]],
@@ -830,7 +960,8 @@ def text_files(data_path, pattern=PATTERN):
         patterns = [p.strip().lower() for p in pattern.split(",")]
         files = [f for f in below if any(fnmatch(os.path.basename(f).lower(), p) for p in patterns)]
         others = sorted(set(below) - set(files))
-    found = [[f, stat.st_size, stat.st_mtime_ns] for f, stat in zip(files, map(os.stat, files))]
+    stats = [(f, stat.st_size, stat.st_mtime_ns) for f, stat in zip(files, map(os.stat, files))]
+    found = [[f, text_size(f, size, time), time] for f, size, time in stats]
     if not any(size for _, size, _ in found):
         raise ValueError(f"{data_path} holds no text: give a text file that is not empty, or a folder with "
                          f"files like {pattern} (--pattern chooses others)")
@@ -864,12 +995,12 @@ def regions(found, val_share):
 
 def start_of(path):
     """Where the text of a file begins: after a byte order mark."""
-    with open(path, "rb") as f:
+    with opened(path) as f:
         return 3 if f.read(3) == codecs.BOM_UTF8 else 0
 
 def next_start(path, at):
     """The first place from byte `at` on that is not within a character or line end, or a .jsonl line."""
-    with open(path, "rb") as f:
+    with opened(path) as f:
         f.seek(at - 1)
         if is_jsonl(path):
             f.readline()
@@ -884,7 +1015,7 @@ def pieces(region, offset=0):
     bytes, text), cut where it may be tokenized in parts. A line end follows the text of each .jsonl line."""
     path, at, end, _ = region
     at = offset or at
-    with reading(path, "it must not change while it is read"), open(path, "rb") as f:
+    with reading(path, "it must not change while it is read"), opened(path) as f:
         while at < end:
             f.seek(at)
             if is_jsonl(path):

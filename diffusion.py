@@ -2,8 +2,9 @@
 
 B batch, T time, V vocabulary, C channels, D numbers in a latent; t in (0, 1] is the noise level, m(t) the
 share of tokens masked at t, m(1) = 1. A network is any callable (ids (B,T), lengths=None, state=None,
-finished_text=False, block_states=None, block_size=None) that returns an object with `logits` (B,T,V) and
-`state`, such as model.Denoiser; only block diffusion uses the last four. Gaussian diffusion calls it as
+finished_text=False, block_states=None, block_size=None, targets=None) that returns an object with `logits`
+(B,T,V) and `state`, such as model.Denoiser; only block diffusion uses four of these. With targets it may
+give `nats` (B,T), their cross-entropies, in place of logits. Gaussian diffusion calls it as
 (x_t (B,T,C), t (B,T), x0_guess=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`.
 Randomness is passed in.
 """
@@ -123,6 +124,7 @@ class Batch(NamedTuple):
     s: Optional[Tensor] = None         # (B,) their noise levels
     z_eps: Optional[Tensor] = None     # (B,D) normal noise for them
     block: Optional[Tensor] = None     # (B,) tokens in a block, for objective=mixture
+    learned: Optional[Tensor] = None   # (B,T) bool, tokens that next-token losses are about
 
     def each(self, f):
         """f of every tensor that there is."""
@@ -173,19 +175,17 @@ class Draw:
 
 # ---- likelihood bounds: random masks whose weighted cross-entropies add up to the bound ----
 
-def exact_count(B, T, generator, lengths=None):
-    """Masks (B,T) of rows of T tokens, or of `lengths` (B,), and the weights that make a sum of
-    cross-entropies an unbiased estimate of the bound on -log p(x) / T.
+def exact_count(maskable, generator):
+    """Masks (B,T) among the n tokens of each row that are `maskable` (B,T), and the weights that make a sum
+    of cross-entropies an unbiased estimate of the bound on -log p of these n tokens, divided by n.
 
-    Draws the number of masked tokens k uniformly from 1..T (stratified over the rows), masks k positions at
+    Draws the number of masked tokens k uniformly from 1..n (stratified over the rows), masks k of them at
     random, and takes the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the
     integral over t of the ELBO under every schedule, with far less variance than random mask rates.
     """
-    k = (stratified(B, generator) * (T if lengths is None else lengths)).ceil().clamp(min=1)
-    order = torch.rand(B, T, generator=generator)
-    if lengths is not None:
-        order = order.masked_fill(torch.arange(T) >= lengths[:, None], 2)
-    masked = order.argsort(1).argsort(1) < k[:, None]
+    k = (stratified(len(maskable), generator) * maskable.sum(1)).ceil().clamp(min=1)
+    order = torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2)
+    masked = maskable & (order.argsort(1).argsort(1) < k[:, None])
     return masked, masked / k[:, None]
 
 # In which order are tokens revealed? (log p (B,T,V), u (B,T) uniform, drawn once) -> (B,T), highest first.
@@ -202,10 +202,19 @@ def relabelled(metrics, label):
             found[f"{name}_{label}{key.removeprefix(name)}"] = value
     return found
 
-def weighted_nats(logits, x, weight):
-    """-> (B,), the sum over each row of weight (B,T) * cross-entropy of x (B,T)."""
-    nats = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
-    return (nats * weight).sum(1)
+NONE = -1       # a target that nothing is asked of
+
+def token_nats(out, targets):
+    """The cross-entropies (B,T) of targets (B,T), 0 where they are NONE, by what a network gave."""
+    if getattr(out, "nats", None) is not None:
+        return out.nats
+    logits, ids = out.logits.flatten(0, 1), targets.flatten()
+    return F.cross_entropy(logits, ids, ignore_index=NONE, reduction="none").view_as(targets)
+
+class Predicted(NamedTuple):
+    """What is predicted for rows (B,T): one of the two."""
+    logits: Optional[Tensor] = None    # (B,T,V)
+    nats: Optional[Tensor] = None      # (B,T), of targets
 
 # ---- objectives ----
 
@@ -229,6 +238,7 @@ class Objective:
 
     def __init__(self, cfg, net_cfg, steps=1):
         self.cfg, self.net_cfg, self.steps, self.mask_id = cfg, net_cfg, steps, net_cfg.vocab_size
+        self.start_id = self.mask_id if net_cfg.start_token < 0 else net_cfg.start_token
 
     # -- what it asks for, and refuses --
 
@@ -283,6 +293,10 @@ class Objective:
             net.latent_prefix.std.copy_(std)
         return net
 
+    def with_masks(self, rows):
+        """Rows with the mask where the data has -1: a place after the end of a text."""
+        return rows._replace(x=rows.x.masked_fill(rows.x < 0, self.mask_id))
+
     # -- training --
 
     def noise(self, rows, draw, step):
@@ -332,11 +346,12 @@ class Objective:
 
 class Masked(Objective):
     """Mean cross-entropy over the masked tokens, every mask rate. Not a bound."""
+    sources = ("text", "task", "chat")
     layout = "block"         # how its samplers lay out a block, see `block`
     ordered = soft = True
 
     def noise(self, rows, draw, step):
-        t, u = draw.levels(), draw.uniform(rows.x.shape[1])
+        rows, t, u = self.with_masks(rows), draw.levels(), draw.uniform(rows.x.shape[1])
         masked, weight, total = self.mask(rows.maskable, t, u)
         return Batch(rows.x, masked, torch.as_tensor(weight).expand(masked.shape), rows.lengths), total
 
@@ -346,49 +361,57 @@ class Masked(Objective):
         masked = maskable & (self.policy(u, maskable) < SCHEDULES[self.cfg.schedule](t)[0][:, None])
         return masked, 1.0, masked.sum()
 
-    def logits(self, net, x, masked, lengths=None, soft=True):
-        """-> (B,T,V), what each masked token is predicted with: the whole row is seen."""
-        return self.predict(net, mask_tokens(x, masked, self.mask_id), soft, lengths=lengths).logits
+    def through(self, net, x, masked, lengths=None, soft=True, **options):
+        """The network on x (B,T) with masks -> what each masked token is predicted with, an object with
+        logits, or with nats, if there are targets (B,T) among the options. Here the whole row is seen."""
+        return self.predict(net, mask_tokens(x, masked, self.mask_id), soft, lengths=lengths, **options)
+
+    def nats(self, net, x, masked, lengths=None, soft=True):
+        """-> (B,T), the cross-entropy of each masked token, 0 for the others."""
+        targets = x.masked_fill(~masked, NONE)
+        return token_nats(self.through(net, x, masked, lengths, soft, targets=targets), targets)
 
     def predict(self, net, x, soft=True, **options):
         """-> the Output for x (B,T). A network with soft masks sees in them what a first pass predicts."""
         if soft and self.net_cfg.self_cond:
             with torch.no_grad():
-                options["x0_guess"] = net(x, **options).logits
+                options["x0_guess"] = net(x, **options | {"targets": None}).logits
         return net(x, **options)
 
     def loss(self, net, batch, step=0):
         """The sum over the masked tokens of weight * cross-entropy, nats."""
         soft = step % 2                                    # it must know plain masks, too
-        return self.nats(self.logits(net, batch.x, batch.masked, batch.lengths, soft), batch)
+        return (self.nats(net, batch.x, batch.masked, batch.lengths, soft) * batch.weight).sum()
 
-    @staticmethod
-    def nats(logits, batch):
-        """logits (B,T,V) -> the loss."""
-        nats = F.cross_entropy(logits[batch.masked], batch.x[batch.masked], reduction="none")
-        return (nats * batch.weight[batch.masked]).sum()
+    def bound(self, net, x, generator=None, maskable=None, lengths=None):
+        """Rows x (B,T) of `lengths` tokens (B,), None if full -> an upper bound on -log p of the `maskable`
+        (B,T) ones, None for all, given the others, (B,) nats per token."""
+        maskable = torch.ones_like(x, dtype=torch.bool) if maskable is None else maskable
+        masked, weight = (z.to(x.device) for z in self.counted(maskable.cpu(), generator))
+        return (self.nats(net, x, masked, lengths) * weight).sum(1)
 
-    def bound(self, net, x, generator):
-        """Full rows x (B,T) -> an upper bound on -log p(x) / T of each, (B,) nats per token."""
-        masked, weight = exact_count(*x.shape, generator)
-        masked = masked.to(x.device)
-        return weighted_nats(self.logits(net, x, masked), x, masked * weight.to(x.device))
+    def counted(self, maskable, generator):
+        """-> the masks of the bound and their weights, (B,T)."""
+        return exact_count(maskable, generator)
 
-    def in_order(self, net, x, rule, generator):
-        """-log p(x) / T of full rows x (B,T), (B,) nats per token, where one token of each block is revealed
-        at a time, next the one that a row of ORDERS says: exact for a sampler of that order (DUEL, arXiv
-        2603.01367)."""
+    def in_order(self, net, x, rule, generator, maskable=None, lengths=None):
+        """As bound, but -log p itself, where one token of each block is revealed at a time, next the one that
+        a row of ORDERS says: exact for a sampler of that order (DUEL, arXiv 2603.01367). And whether each row
+        is what that sampler gives at temperature 0, (B,) bool."""
         (B, T), n = x.shape, self.block_length(x.shape[1])
         rows = lambda z, fill: F.pad(z, (0, -T % n), value=fill).view(-1, n)
-        u, masked = torch.rand(B, T, generator=generator).to(x.device), torch.ones_like(x, dtype=torch.bool)
+        masked = torch.ones_like(x, dtype=torch.bool) if maskable is None else maskable.clone()
+        u, count = torch.rand(B, T, generator=generator).to(x.device), masked.sum(1)
         one, nats = x.new_ones(B * -(-T // n)), x.new_zeros(B, dtype=torch.float64)
-        for _ in range(n):
-            logp = self.logits(net, x, masked).log_softmax(-1)
+        greedy = x.new_ones(B, dtype=torch.bool)
+        while masked.any():
+            logp = self.through(net, x, masked, lengths).logits.log_softmax(-1)
             fresh = best(rows(ORDERS[rule](logp, u), -math.inf), rows(masked, False), one)
             fresh = fresh.view(B, -1)[:, :T] & masked
             nats -= (logp.gather(-1, x.unsqueeze(-1)).squeeze(-1) * fresh).sum(1)
+            greedy &= ((logp.argmax(-1) == x) | ~fresh).all(1)
             masked &= ~fresh
-        return nats / T
+        return nats / count, greedy
 
     def block_length(self, T):
         """So many of a row's T tokens are denoised together."""
@@ -397,20 +420,23 @@ class Masked(Objective):
     def evaluate(self, net, source, rows, generator, size):
         if source.kind == "task":
             return self.evaluate_answers(net, source, rows, generator, size)
-        x = rows.x
-        metrics = source.report(self.bound(net, part, generator) for part in x.split(size))
+        x, maskable, lengths, _ = self.with_masks(rows)
+        parts = lambda: split(size, x, maskable, lengths)
+        share = lambda mine: mine.sum(1) * (len(x) / maskable.sum())       # rows count by their tokens
+        metrics = source.report(self.bound(net, a, generator, m, n) * share(m) for a, m, n in parts())
         for rule in ORDERS if self.cfg.likelihood == "order" else ():
-            nats = (self.in_order(net, part, rule, generator) for part in x.split(size))
+            nats = (self.in_order(net, a, rule, generator, m, n)[0] * share(m) for a, m, n in parts())
             metrics |= relabelled(source.report(nats, f"likelihood, {rule}"), rule)
-        masked = (torch.rand(x[0].shape, generator=generator) < 0.3).to(x.device)
-        filled = net(mask_tokens(x[:1], masked, self.mask_id)).logits[0].argmax(-1)
-        return metrics, (x[0], masked, torch.where(masked, filled, x[0]))
+        masked = (torch.rand(x[0].shape, generator=generator) < 0.3).to(x.device) & maskable[0]
+        one = None if lengths is None else lengths[:1]
+        filled = self.predict(net, mask_tokens(x[:1], masked, self.mask_id), False, lengths=one)
+        return metrics, (x[0], masked, torch.where(masked, filled.logits[0].argmax(-1), x[0]))
 
     def evaluate_answers(self, net, source, rows, generator, size):
         """A task's answers: loss with all of a row's answer masked; accuracy, exact match of the likeliest
         tokens, in answer_steps network calls."""
         x, masked, lengths, _ = rows
-        logits = torch.cat([self.logits(net, *part) for part in split(size, x, masked, lengths)])
+        logits = torch.cat([self.through(net, *part).logits for part in split(size, x, masked, lengths)])
         predicted = torch.where(masked, logits.argmax(-1), x)
         if self.cfg.answer_steps != 1:
             options = dict(steps=self.cfg.answer_steps, temperature=0.0)
@@ -419,15 +445,16 @@ class Masked(Objective):
         loss = F.cross_entropy(logits[masked], x[masked]).item()
         return {"val_loss": loss, **source.score(x, predicted, masked)}, (x[0], masked[0], predicted[0])
 
-    def fill(self, net, x, known, generator, sampler="", guidance=1.0, block_size=0, eot=None, **options):
-        """block_size: 0 = as trained; eot: the id after which a row gets nothing else, for samplers that go
-        on from a state."""
+    def fill(self, net, x, known, generator, sampler="", guidance=1.0, block_size=0, eot=None, context=None,
+             **options):
+        """block_size: 0 = as trained; eot: the id after which a row gets nothing else, and a Context, for
+        samplers that go on from a state."""
         name = sampler or self.sampler
         if name in STATEFUL and guidance != 1:
             raise ValueError(f"guidance={guidance:g} is for whole sequences, sampler={name} goes on from a "
                              "state: leave it at 1")
         if name in STATEFUL:
-            options["eot"] = eot
+            options |= dict(eot=eot, context=context or Context(start=self.start_id))
         if name == "block":
             n = block_size or self.net_cfg.block_size
             net = functools.partial(net, block_size=n)
@@ -452,24 +479,24 @@ class Task(Masked):
 
 class NextToken(Task):
     """Autoregressive: each token from those before it, for causal networks. Its bound is exact."""
-    sources, sampler, causal, soft = ("text",), "ar", True, False
+    sources, sampler, causal, soft = ("text", "chat"), "ar", True, False
 
     def fits(self, sampler):
         return sampler == "ar"
 
-    def logits(self, net, x, masked, lengths=None, soft=False):
-        """The mask stands for the start of the text, then come all tokens but the last."""
-        return read_on(net)(F.pad(x[:, :-1], (1, 0), value=self.mask_id), lengths=lengths).logits
+    def through(self, net, x, masked, lengths=None, soft=False, **options):
+        """What stands before a text, then all tokens but the last."""
+        return read_on(net)(F.pad(x[:, :-1], (1, 0), value=self.start_id), lengths=lengths, **options)
 
-    def bound(self, net, x, generator=None):
-        """-log p(x) / T itself."""
-        return weighted_nats(self.logits(net, x, None), x, 1 / x.shape[1])
+    def counted(self, maskable, generator):
+        """All: the bound is -log p itself."""
+        return maskable, maskable / maskable.sum(1, keepdim=True)
 
 class Blocks(Masked):
     """Block diffusion whose training state is its inference state (BD3-LM, arXiv 2503.09573). Mean
     cross-entropy: the bound's weights 1 / t let single tokens rule a step's gradient, and what is trained so
     has the worse bound."""
-    sources, sampler, terms = ("text",), "block", ("masked", "next")
+    sources, sampler, terms = ("text", "chat"), "block", ("masked", "next")
     defaults = {"dw_jrt_inject": "gate",       # the form of DW-JRT that keeps the state which crosses blocks
                 "next_weight": 0.5}
 
@@ -499,62 +526,71 @@ class Blocks(Masked):
             masked = maskable
         return masked, 1.0, masked.sum()
 
-    def logits(self, net, x, masked, lengths=None, soft=True):
-        """Every block given the clean blocks before it. Rows must be full.
+    def through(self, net, x, masked, lengths=None, soft=True, targets=None):
+        """Every block given the clean blocks before it.
 
         One clean pass gives the state at each block's start; all noisy blocks then go on from there at once,
         as B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by
         block.
         """
-        return self.passes(net, x, masked, soft)[0]
+        return self.passes(net, x, masked, lengths, soft, targets)[0]
 
-    def passes(self, net, x, masked, soft=True):
-        """-> logits (B,T,V), and the Output of the clean pass, None where the row is one block."""
-        (B, T), n, lengths = x.shape, self.net_cfg.block_size, None
+    def passes(self, net, x, masked, lengths=None, soft=True, targets=None, following=None):
+        """-> what `through` gives, and the Output of the clean pass, with targets `following`; None where the
+        row is one block."""
+        (B, T), n = x.shape, self.net_cfg.block_size
         noisy = mask_tokens(x, masked, self.mask_id)
         if n >= T:
-            return self.predict(net, noisy, soft, block_size=n).logits, None
-        clean = net(x, block_states=n)
-        noisy = F.pad(noisy, (0, -T % n), value=self.mask_id).view(-1, n)
-        if T % n:
-            lengths = torch.tensor([n] * (T // n) + [T % n], device=x.device).repeat(B)
-        logits = self.predict(net, noisy, soft, state=clean.state, lengths=lengths, block_size=n).logits
-        return logits.view(B, -(-T // n) * n, -1)[:, :T], clean
+            options = dict(lengths=lengths, block_size=n, targets=targets)
+            return self.predict(net, noisy, soft, **options), None
+        clean = net(x, block_states=n, targets=following)
+        rows = lambda z, fill: z if z is None else F.pad(z, (0, -T % n), value=fill).view(-1, n)
+        if lengths is None and T % n:
+            lengths = x.new_full((B,), T)
+        if lengths is not None:                            # a block of padding alone is one token, unused
+            begins = torch.arange(0, T, n, device=x.device)
+            lengths = (lengths[:, None] - begins).clamp(1, n).flatten()
+        out = self.predict(net, rows(noisy, self.mask_id), soft, state=clean.state, lengths=lengths,
+                           block_size=n, targets=rows(targets, NONE))
+        joined = lambda z: z if z is None else z.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+        return Predicted(joined(out.logits), joined(getattr(out, "nats", None))), clean
 
     def noise(self, rows, draw, step):
         batch, total = super().noise(rows, draw, step)
-        return batch, torch.stack([total, self.followers(rows.x)])
+        return batch._replace(learned=rows.maskable), torch.stack([total, self.followers(rows.maskable)])
 
-    def followers(self, x):
-        """How many tokens of x (B,T) are predicted from the one before."""
-        return torch.tensor(len(x) * (x.shape[1] - 1) * (self.cfg.next_weight > 0))
+    def followers(self, learned):
+        """How many tokens are predicted from the one before."""
+        return learned[:, 1:].sum() * (self.cfg.next_weight > 0)
 
     def loss(self, net, batch, step=0):
-        logits, clean = self.passes(net, batch.x, batch.masked, soft=step % 2)
-        return torch.stack([self.nats(logits, batch), self.next_nats(net, batch.x, clean)])
+        targets, following = batch.x.masked_fill(~batch.masked, NONE), self.following(batch)
+        out, clean = self.passes(net, batch.x, batch.masked, batch.lengths, step % 2, targets, following)
+        nats = (token_nats(out, targets) * batch.weight).sum()
+        return torch.stack([nats, self.next_nats(net, batch, following, clean)])
 
-    def next_nats(self, net, x, clean=None):
-        """next_weight times the sum of the cross-entropies of x (B,T) without its first column, each token
-        predicted where the one before it is read: two-way RWKV-7 has these predictions from its clean pass.
-        """
+    def following(self, batch):
+        """The targets (B,T) of next-token losses; None: there are none."""
         if not self.cfg.next_weight:
-            return x.new_zeros((), dtype=torch.float32)
-        if clean is None or not net.reads_causally:
-            clean = read_on(net)(x)
-        nats = F.cross_entropy(clean.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
-        return self.cfg.next_weight * nats
+            return None
+        return F.pad(batch.x.masked_fill(~batch.learned, NONE)[:, 1:], (0, 1), value=NONE)
 
-    def bound(self, net, x, generator):
+    def next_nats(self, net, batch, following, clean=None):
+        """next_weight times the sum of the cross-entropies of `following` (B,T), each predicted where the
+        token before it is read: two-way RWKV-7 has these predictions from its clean pass."""
+        if following is None:
+            return batch.x.new_zeros((), dtype=torch.float32)
+        if clean is None or not net.reads_causally:
+            clean = read_on(net)(batch.x, lengths=batch.lengths, targets=following)
+        return self.cfg.next_weight * token_nats(clean, following).sum()
+
+    def counted(self, maskable, generator):
         """The sum of the blocks' own bounds; with blocks of one token it is -log p(x) / T itself."""
-        (B, T), n = x.shape, self.net_cfg.block_size
-        sizes = torch.tensor([n] * (T // n) + [T % n] * (T % n > 0))
-        parts = []
-        for size in sizes.unique().flip(0).tolist():       # full blocks, then what is left over
-            counted = exact_count(B * int((sizes == size).sum()), size, generator)
-            parts.append([z.reshape(B, -1) for z in counted])
-        masked, weight = (torch.cat(z, 1).to(x.device) for z in zip(*parts))
-        weight = weight * sizes.repeat_interleave(sizes).to(x.device) / T
-        return weighted_nats(self.logits(net, x, masked), x, masked * weight)
+        (B, T), n = maskable.shape, self.block_length(maskable.shape[1])
+        blocks = F.pad(maskable, (0, -T % n)).view(-1, n)
+        masked, weight = exact_count(blocks, generator)
+        masked, weight = (z.view(B, -1)[:, :T] for z in (masked, weight * blocks.sum(1, keepdim=True)))
+        return masked, weight / maskable.sum(1, keepdim=True)
 
 class BlockElbo(Blocks):
     """The bound of each block given those before it (BD3-LM, arXiv 2503.09573, eq. 8)."""
@@ -581,15 +617,16 @@ class Mixture(Blocks):
                              "leave the 1 or next_weight out")
 
     def noise(self, rows, draw, step):
-        t, u = draw.levels(), draw.uniform(rows.x.shape[1])
+        rows, t, u = self.with_masks(rows), draw.levels(), draw.uniform(rows.x.shape[1])
         sizes = torch.tensor(self.cfg.block_sizes)         # in turn: so each has stratified levels, too
         block = sizes[(torch.arange(draw.B)[draw.mine] + step) % len(sizes)]
         masked = torch.zeros_like(rows.maskable)
         for n in set(self.cfg.block_sizes) - {1}:
             mine = block == n
             masked[mine] = self.parts[n].mask(rows.maskable[mine], t[mine], u[mine])[0]
-        batch = Batch(rows.x, masked, torch.ones(masked.shape), block=block)
-        return batch, torch.stack([masked.sum(), self.followers(rows.x)])
+        batch = Batch(rows.x, masked, torch.ones(masked.shape), rows.lengths, block=block)
+        batch = batch._replace(learned=rows.maskable)
+        return batch, torch.stack([masked.sum(), self.followers(rows.maskable)])
 
     def loss(self, net, batch, step=0):
         none, terms = batch.x.new_zeros((), dtype=torch.float32), []
@@ -597,7 +634,7 @@ class Mixture(Blocks):
         for n in filter(present.__contains__, self.parts):
             rows = batch.each(lambda z: z[batch.block == n])
             if n == 1:
-                terms.append(torch.stack([none, self.next_nats(net, rows.x)]))
+                terms.append(torch.stack([none, self.next_nats(net, rows, self.following(rows))]))
             else:
                 terms.append(self.parts[n].loss(net, rows, step))
         return sum(terms)
@@ -625,7 +662,7 @@ class B3D(Blocks):
     """Blocks from one causal stream [masked][masked][clean] per block, read at the second copy (B3D-RWKV,
     arXiv 2605.25969); here the state that a block starts from has seen the masked copies before it as well.
     For causal networks."""
-    causal, defaults, layout, terms, soft = True, {}, "b3d", (), False
+    sources, causal, defaults, layout, terms, soft = ("text",), True, {}, "b3d", (), False
     noise, loss = Masked.noise, Masked.loss
 
     def check(self, direction):
@@ -635,13 +672,18 @@ class B3D(Blocks):
             raise ValueError("objective=b3d is for networks that see nothing ahead, else masked tokens would "
                              "see the next clean ones: leave ffn_shift, observed_first, read_twice out")
 
-    def logits(self, net, x, masked, lengths=None, soft=False):
+    def through(self, net, x, masked, lengths=None, soft=False, targets=None):
         (B, T), n = x.shape, self.net_cfg.block_size
-        blocks = lambda z: F.pad(z, (0, -T % n), value=self.mask_id).view(B, -1, n)
-        noisy = blocks(mask_tokens(x, masked, self.mask_id))
-        stream = torch.stack([noisy, noisy, blocks(x)], 2)
-        logits = net(stream.flatten(1)).logits.unflatten(1, stream.shape[1:])
-        return logits[:, :, 1].flatten(1, 2)[:, :T]
+        blocks = lambda z, fill: F.pad(z, (0, -T % n), value=fill).view(B, -1, n)
+        noisy = blocks(mask_tokens(x, masked, self.mask_id), self.mask_id)
+        stream = torch.stack([noisy, noisy, blocks(x, self.mask_id)], 2)
+        second = lambda z: z.unflatten(1, stream.shape[1:])[:, :, 1].flatten(1, 2)[:, :T]
+        if targets is None:
+            return Predicted(second(net(stream.flatten(1)).logits))
+        read = torch.full_like(stream, NONE)
+        read[:, :, 1] = blocks(targets, NONE)
+        read = read.flatten(1)
+        return Predicted(nats=second(token_nats(net(stream.flatten(1), targets=read), read)))
 
 # ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
 # Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1; t may be continuous.
@@ -901,7 +943,7 @@ class Gaussian(Objective):
         logits = a / s.square() * (x_t @ table.T)          # any decoder is allowed; the network knows more
         if cfg.token_evidence:
             logits = estimate(net, x_t, t, table, cfg).logits
-        total = total + weighted_nats(logits, x, 1 / x.shape[1]) + torch.stack(gains).mean((0, 2))
+        total = total + token_nats(Predicted(logits), x).mean(1) + torch.stack(gains).mean((0, 2))
         return total, torch.cat(gains).cpu().flatten(), torch.cat(levels).flatten()
 
     def fill(self, net, x, known, generator, sampler="", **options):
@@ -1073,10 +1115,11 @@ class Coupled(Masked):
         z_t = (a * z + b * batch.z_eps) * has[:, None]
         x, masked = batch.x, batch.masked
         seen = mask_tokens(x, masked, net.mask_id)
-        out = net(seen, latent=a * z_t, latent_t=batch.s, lengths=batch.lengths)
-        text = latent = out.logits.new_zeros(())
+        targets = x.masked_fill(~masked, NONE)
+        out = net(seen, latent=a * z_t, latent_t=batch.s, lengths=batch.lengths, targets=targets)
+        text = latent = out.latent.new_zeros(())
         if COUPLINGS[mode].text:
-            text = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+            text = token_nats(out, targets).sum()
         if COUPLINGS[mode].latent:
             target = PREDICTIONS[self.cfg.prediction_type].target(z, batch.z_eps, a, b)
             latent = (out.latent - target).square().mean(-1)[has].sum()
@@ -1124,8 +1167,9 @@ class Variational(Coupled):
         mu, logvar, text = net.posterior(x, lengths)
         z = mu + (0.5 * logvar).exp() * batch.z_eps
         seen, latent = mask_tokens(x, masked, net.mask_id), z * (1 - batch.s[:, None])
-        out = net(seen, latent=latent, latent_t=torch.zeros_like(batch.s), lengths=lengths)
-        nats = F.cross_entropy(out.logits[masked], x[masked], reduction="sum")
+        targets = x.masked_fill(~masked, NONE)
+        out = net(seen, latent=latent, latent_t=torch.zeros_like(batch.s), lengths=lengths, targets=targets)
+        nats = token_nats(out, targets).sum()
         prior = net.latent_prior.mu, net.latent_prior.logvar
         kl = kl_divergence(mu, logvar, *(q.detach() for q in prior)).clamp_min(cfg.free_bits)
         # free bits are the encoder's: a learned prior always learns
@@ -1188,12 +1232,13 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
     else:
         z = net.latent_prefix.normalise(z)
         found = prediction_report(net, x, lengths, z, generator, cfg, n)
-    real = None if lengths is None else lengths.cpu()
-    masked, weight = (q.to(x.device) for q in exact_count(B, T, generator, real))
+    real = torch.arange(T) < (torch.full((B,), T) if lengths is None else lengths.cpu())[:, None]
+    masked, weight = (q.to(x.device) for q in exact_count(real, generator))
     seen = mask_tokens(x, masked, net.mask_id)
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
-        nats = torch.cat([weighted_nats(net(a, latent=c, lengths=m).logits, b, w)
-                          for a, b, c, w, m in split(n, seen, x, latent, weight, lengths)])
+        targets = x.masked_fill(~masked, NONE)
+        nats = torch.cat([(token_nats(net(a, latent=c, lengths=m, targets=b), b) * w).sum(1)
+                          for a, b, c, w, m in split(n, seen, targets, latent, weight, lengths)])
         found[f"text_nats{name}"] = nats.mean().item()
         found[f"text_nats{name}_se"] = (nats.std() / B**0.5).item() if B > 1 else None
     return {"val_loss": found["text_nats"] + found.get("latent_mse", found.get("kl", 0.0) / T)} | found
@@ -1328,8 +1373,23 @@ def first_hitting(sure, masked, pace, left, generator, threshold):
     nothing changes (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
     return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
 
+@dataclass
+class Context:
+    """What samplers that go on from a state begin with; they note here what they had after the known prefix.
+    """
+    state: Optional[list] = None       # of so many rows as are sampled, or of one
+    start: int = -1                    # ar: the token before the first one; -1 = the mask
+    last: Optional[Tensor] = None      # ar: (B,1), the token that the state has not read yet
+
+    def rows(self, n):
+        """The state for n rows."""
+        if self.state is None:
+            return None
+        copied = lambda z: z.expand(n, *z.shape[1:]).contiguous() if torch.is_tensor(z) else z
+        return torch.utils._pytree.tree_map(copied, self.state)
+
 def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None,
-          **options):
+          context=None, **options):
     """Block diffusion from a cache of constant size: the known prefix is read once; then each block of n is
     denoised by the sampler `inner` from the carried state, and its finished text moves the state on. What a
     block costs does not depend on what came before it. Rows may have prefixes of different lengths: a row's
@@ -1338,7 +1398,8 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
     T, n = x.shape[1], block_size
     x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
     start = (~known).long().cumsum(1).eq(0).sum(1)                     # (B,) length of the known prefix
-    state = prefix_state(net, x[:, :int(start.max())], start)
+    context = context or Context()
+    state = context.state = prefix_state(net, x[:, :int(start.max())], start, context.rows(len(x)))
     ended = torch.zeros_like(start, dtype=torch.bool)
     while (start < T).any():
         at = start[:, None] + torch.arange(n, device=x.device)
@@ -1367,26 +1428,35 @@ def from_state(net, state, lengths, n, layout):
         return net(z, state=state, lengths=lengths, **options)
     return call
 
-def prefix_state(net, x, lengths):
-    """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0; None if all are."""
+def prefix_state(net, x, lengths, before=None):
+    """The state after the first `lengths` (B,) tokens of x (B,P), which may be 0, gone on from the state
+    `before`, None at a text's beginning; None if there is nothing before."""
     if not x.shape[1]:
-        return None
-    state = net(x, lengths=lengths.clamp_min(1), finished_text=True).state
-    there = lambda z: z * (lengths > 0).view(-1, *[1] * (z.dim() - 1)) if torch.is_tensor(z) else z
-    return torch.utils._pytree.tree_map(there, state)
+        return before
+    state = net(x, lengths=lengths.clamp_min(1), finished_text=True, state=before).state
+    there = lambda z: (lengths > 0).view(-1, *[1] * (z.dim() - 1))
+    read = lambda z, old: torch.where(there(z), z, old) if torch.is_tensor(z) else z
+    map_, zero = torch.utils._pytree.tree_map, lambda z: torch.zeros_like(z) if torch.is_tensor(z) else z
+    return map_(read, state, map_(zero, state) if before is None else before)
 
 def read_on(net):
     """The network as one of next tokens: each sees what is before it, whatever the direction."""
     return functools.partial(net, finished_text=True, block_size=1)
 
 def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, watch=None, eot=None,
-       **unused):
+       context=None, **unused):
     """Token by token from left to right, for networks trained with objective=ar; the state is all that is
-    carried."""
-    x, state, last = mask_tokens(x, ~known, mask_id), None, x.new_full((x.shape[0], 1), mask_id)
-    net = read_on(net)
+    carried. What is known of all rows from the beginning on is read at once."""
+    x, B, context, net = mask_tokens(x, ~known, mask_id), len(x), context or Context(), read_on(net)
+    state, start = context.rows(B), mask_id if context.start < 0 else context.start
+    last = x.new_full((B, 1), start) if context.last is None else context.last.expand(B, 1)
+    given = int((~known).long().cumsum(1).eq(0).sum(1).min())
+    if given:
+        state = net(torch.cat([last, x[:, :given - 1]], 1), state=state).state
+        last = x[:, given - 1:given]
+    context.state, context.last = state, last
     ended = torch.zeros_like(known[:, :1])
-    for i in range(x.shape[1]):
+    for i in range(given, x.shape[1]):
         out = net(last, state=state)
         token, state = draw(out.logits, temperature, top_k, top_p, generator)[0], out.state
         if eot is not None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import time
 import zipfile
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, checked, merge, section, written
 from wkv_cuda import HEAD_SIZES, KeptLinear, biwkv, shift_mix, squared_relu, wkv7_leaky, wkv7_mix
@@ -39,6 +41,7 @@ class ModelConfig:
     time_inputs: int = 1            # [1, 2] noise levels: 1 = the text's, 2 = also a latent's
     gaussian: bool = False          # takes and predicts embeddings, for Gaussian diffusion
     self_cond: bool = False         # takes an estimate of x_0 from before, too; without gaussian: soft masks
+    start_token: int = -1           # [-1, 1e7] what stands before a text that is read on; -1 = the mask
     predict: str = "same"           # a token is predicted at its own place, or (next) at the one before it
     latent_dim: int = 0             # [0, 1e6] D, numbers in a latent; 0 = as in the data, if it has latents
     latent_prefix_len: int = 4      # [1, 65536] P, prefix tokens that a latent enters as
@@ -82,7 +85,8 @@ class Carry(NamedTuple):
     view: Optional[tuple] = None           # Attention.view, from the first attention layer
 
 class Output(NamedTuple):
-    logits: Tensor             # (B,T,V), no column for the mask: it cannot be predicted
+    logits: Optional[Tensor]   # (B,T,V), no column for the mask: it cannot be predicted; None with targets
+    nats: Optional[Tensor]     # (B,T), cross-entropies of the targets
     hidden: Tensor             # (B,T,C), after the last norm
     latent: Optional[Tensor]   # (B,D), what a network with latents predicts of the noisy one it got
     vector: Optional[Tensor]   # (B,T,C), what a Gaussian network predicts
@@ -872,11 +876,13 @@ class Block(nn.Module):
 def norm(cfg):
     return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
 
+MOST_LOGITS = 1 << 25       # as many stand in memory at a time while a loss is computed
+
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
 
-        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None,
-                    finished_text=False, block_states=None, block_size=None, x0_guess=None)
+        out = model(x, t=None, latent=None, latent_t=None, state=None, lengths=None, finished_text=False,
+                    block_states=None, block_size=None, x0_guess=None, targets=None)
 
     x: (B,T) ids, mask_id where masked, or (B,T,C) embeddings.
     t: noise level (B,) or (B,T); None: the share of masks in each row (in each block, if there are blocks).
@@ -887,7 +893,7 @@ class Denoiser(nn.Module):
     lengths: (B,) tokens of each row, the rest being padding on the right, which changes nothing: neither the
     row's logits nor its state, nor what DW-JRT seeds.
     finished_text: x is clean text, read for its state: the forward scan alone (attention: by blocks), without
-    seeds.
+    seeds. Its logits are those of the next tokens, whatever cfg.predict says of masked ones.
     block_states=n: a pass of finished text whose `out.state` holds the states at 0, n, 2n, ... < T, for
     B * ceil(T / n) rows: if the same text follows as rows of n tokens, (B * ceil(T / n), n), each block goes
     on from the finished text before it. All at once, this is what going on block by block from a carried
@@ -895,7 +901,10 @@ class Denoiser(nn.Module):
     block_size: tokens in a block in this pass, where there are blocks; None: cfg.block_size.
     x0_guess: where cfg.self_cond, an estimate of the clean embeddings (B,T,C), without cfg.gaussian logits
     (B,T,V) of the clean tokens; None for none.
+    targets: (B,T) ids, -1 for none: their cross-entropies are wanted in place of logits.
     """
+
+    recompute = False           # activation checkpointing, of blocks
 
     def __init__(self, cfg):
         super().__init__()
@@ -937,6 +946,9 @@ class Denoiser(nn.Module):
         for key, rows in CHOICES.items():
             if (value := getattr(cfg, key)) not in rows and (key, value) != ("direction", ""):
                 raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(rows)}")
+        if cfg.start_token >= max(1, cfg.vocab_size):
+            raise ValueError(f"start_token={cfg.start_token} is not one of the {cfg.vocab_size} tokens: "
+                             "give one of them, or -1 for the mask")
         for key in ("n_layer", "block_size"):
             if getattr(cfg, key) < 1:
                 raise ValueError(f"{key}={getattr(cfg, key)} is not allowed: give at least 1")
@@ -958,7 +970,7 @@ class Denoiser(nn.Module):
             DW_JRT_INJECT[cfg.dw_jrt_inject].check(cfg)
 
     def forward(self, x, t=None, latent=None, latent_t=None, state=None, lengths=None,
-                finished_text=False, block_states=None, block_size=None, x0_guess=None):
+                finished_text=False, block_states=None, block_size=None, x0_guess=None, targets=None):
         cfg, has_latent = self.cfg, None
         n = min(block_states or block_size or cfg.block_size, x.shape[1])
         finished_text = finished_text or block_states is not None
@@ -981,11 +993,17 @@ class Denoiser(nn.Module):
         seq = Sequence.of(x, cfg, time, rows, n, finished_text, block_states, has_latent, seen, masked)
         x, carry, states = self.blocks[0].ln0(x), Carry(), []
         for at, i in enumerate(self.order):
-            x, s, carry = self.blocks[i](x, None if state is None else state[at], seq, carry)
+            x, s, carry = self.through(self.blocks[i], x, None if state is None else state[at], seq, carry)
             states.append(s)
         if twice is not None:
             x = x.gather(1, twice[..., None].expand(-1, -1, x.shape[2]))
-        return self.heads(self.ln_out(x), lengths, has_latent, states)
+        return self.heads(self.ln_out(x), lengths, has_latent, states, finished_text, targets)
+
+    def through(self, block, *args):
+        """A block; with `recompute`, what it computes is computed again for gradients and not kept."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
     def doubled(self, x, time, lengths):
         """Each row twice (read twice: JRT, arXiv 2407.05483), the second time right after its last real token
@@ -1042,28 +1060,48 @@ class Denoiser(nn.Module):
             time = torch.cat([time.mean(1, keepdim=True).expand(-1, P, -1), time], 1)
         return x, time, None if lengths is None else lengths + P
 
-    def heads(self, h, lengths, has_latent, states):
+    def heads(self, h, lengths, has_latent, states, finished_text, targets):
         """h (B,T,C), after the last norm, or (B,P+T,C) where has_latent (B,) is not None -> Output."""
         cfg, P, prefix, latent = self.cfg, self.cfg.latent_prefix_len, None, None
         if has_latent is not None:
             prefix, h = h.split([P, h.shape[1] - P], 1)                          # (B,P,C), (B,T,C)
             lengths = None if lengths is None else lengths - P
         shown = h
-        if cfg.predict == "next":          # the first token has none before it, but perhaps a latent
+        if cfg.predict == "next" and not finished_text:
+            # the first token has none before it, but perhaps a latent
             first = h[:, :1]
             if prefix is not None:
                 first = torch.where(has_latent[:, None, None], prefix[:, -1:], first)
             shown = torch.cat([first, h[:, :-1]], 1)
-        logits = F.linear(shown, self.emb.weight[:-1]) if cfg.tie_embeddings else self.head(shown)
-        logits = logits.float()
-        if cfg.logit_cap:
-            logits = cfg.logit_cap * torch.tanh(logits / cfg.logit_cap)          # (B,T,V)
         if cfg.latent_dim:
             text = mean_over(h, real_tokens(h, lengths))                         # (B,C)
             if prefix is None:
                 prefix, has_latent = h.new_zeros(len(h), P, cfg.n_embd), h.new_ones(len(h))
             latent = self.latent_head(prefix * has_latent[:, None, None], text).float()      # (B,D)
-        return Output(logits, h, latent, self.vector(h) if cfg.gaussian else None, states)
+        vector, logits, nats = self.vector(h) if cfg.gaussian else None, None, None
+        if targets is None:
+            logits = self.logits(shown)
+        else:
+            nats = self.nats(shown, targets)
+        return Output(logits, nats, h, latent, vector, states)
+
+    def logits(self, h):
+        """(...,C) -> (...,V), float32."""
+        cap, tied = self.cfg.logit_cap, self.cfg.tie_embeddings
+        logits = (F.linear(h, self.emb.weight[:-1]) if tied else self.head(h)).float()
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def nats(self, h, targets):
+        """h (B,T,C), targets (B,T), -1 for none -> their cross-entropies (B,T), 0 for none. Logits are made
+        for a part of them at a time, MOST_LOGITS numbers, and once more for backward: all would be 1 GiB for
+        4,096 tokens of 65,536."""
+        where, n = targets >= 0, max(1, MOST_LOGITS // self.cfg.vocab_size)
+        parts = list(zip(h[where].split(n), targets[where].split(n)))
+        part = lambda h, ids: F.cross_entropy(self.logits(h), ids, reduction="none")
+        if len(parts) > 1 and torch.is_grad_enabled():
+            part = functools.partial(checkpoint, part, use_reentrant=False)
+        nats = torch.cat([part(*z) for z in parts])
+        return h.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(where, nats)
 
     def table(self):
         """The V tokens' embeddings, each of length sqrt(C): what Gaussian diffusion noises and rounds to."""
@@ -1091,6 +1129,24 @@ def weight_bytes(cfg):
         layer += 2 * C * (cfg.rank_w + cfg.rank_a + cfg.rank_g)
     outside = cfg.vocab_size * C * embeddings + cfg.latent_dim * cfg.latent_prefix_len * C
     return 4 * (cfg.n_layer * layer + outside)
+
+def flops_per_token(cfg, T):
+    """Of one forward pass: 2 per multiply-add of the matrix products, 9 N per channel for one step of a scan
+    (S a, the decay, two outer products, S r), 4 C T for attention over T keys; elementwise work, norms and
+    the embedding are left out."""
+    C, mixers = cfg.n_embd, pattern(cfg)
+    total = 2 * C * cfg.vocab_size + len(order(cfg)) * 4 * C * (cfg.dim_ffn or 4 * C)
+    for layer in order(cfg):
+        mixer = mixers[layer]
+        if mixer == "rwkv7":
+            ranks = sum(low_ranks(cfg, first="rwkv7" not in mixers[:layer]).values())
+            scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
+            total += scan + 2 * C * C
+            if two_scans(cfg):
+                total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
+        else:
+            total += 8 * C * C + 4 * C * T * (mixer == "attention")
+    return total
 
 def in_memory(need, what):
     """ValueError if `need` bytes are more than this machine has."""
@@ -1387,7 +1443,7 @@ def official_config(weights, path, **overrides):
                dim_ffn=shapes["ffn.key.weight"][0], rank_w=shapes["att.w1"][1], rank_a=shapes["att.a1"][1],
                rank_g=shapes["att.g1"][1], rank_v=0 if v1 is None else v1.squeeze().shape[1])
     refuse_other_shapes(path, "the file", overrides, own)
-    return ModelConfig(**(overrides | own))
+    return ModelConfig(**({"start_token": 0} | overrides | own))
 
 def refuse_other_shapes(path, what, asked, own):
     """ValueError for settings that are not those of the file; 0 stands for the file's."""
@@ -1397,7 +1453,8 @@ def refuse_other_shapes(path, what, asked, own):
 
 def from_pretrained(path, content=None, /, **overrides):
     """A Denoiser from an own checkpoint or an official RWKV-7 .pth; overrides: ModelConfig fields but SHAPES.
-    An official file has no row for the mask and no DW-JRT gates: those start as at initialisation.
+    An official file has no row for the mask, which starts as that of token 0, the end of text, and stands
+    before a text; and no DW-JRT gates and what else is ADDED: those start as at initialisation.
     content: from load_checkpoint, if known. ValueError, in one line, also for files of another shape."""
     content = load_checkpoint(path) if content is None else content
     if "model_config" in content:
@@ -1411,8 +1468,8 @@ def from_pretrained(path, content=None, /, **overrides):
     else:
         weights = dict(content)
         model = Denoiser(official_config(weights, path, **overrides))
-        mask_row = model.emb.weight.detach()[-1:]
-        weights["emb.weight"] = torch.cat([weights["emb.weight"].squeeze().to(mask_row), mask_row])
+        table = weights["emb.weight"].squeeze()
+        weights["emb.weight"] = torch.cat([table, table[:1]])
         for key in ("v0", "v1", "v2"):          # official files carry them; layer 0 never uses them
             weights.pop(f"blocks.0.att.{key}", None)
     load_weights(model, weights, path)
@@ -1465,6 +1522,16 @@ def compile_blocks(model, on=True):
 
     for block in model.blocks:
         block._compiled_call_impl = compiled(block._call_impl) if on else None
+
+def product_flops(device, dtype):
+    """FLOP/s of a large product of matrices: what MFU is a share of."""
+    n, seconds = 1024 if device.type == "cpu" else 8192, []
+    x = torch.ones(n, n, dtype=dtype, device=device)
+    for _ in range(3):
+        begun = time.perf_counter()
+        (x @ x)[0, 0].item()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * n**3 / min(seconds)
 
 def fast_bf16(device):
     """Does this device multiply bf16 matrices natively?"""

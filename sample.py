@@ -2,6 +2,7 @@
 
     python sample.py --ckpt=out/ckpt.pt             a task's checkpoint: answers to evaluation rows
     ... --prompt="ROMEO:" --length=200              text after a prompt
+    ... --chat="Who is Romeo?" --save_state=FILE    an answer; --state=FILE goes on from what was read
     ... --prompt="To be" --suffix="be."             text between the two
     ... --text="ROMEO: ____, and ____"              every _ is a hole of one token (--hole: another sign)
     ... --mode=l2t --latent=file.npy                text from latents, of a network trained with latents
@@ -13,6 +14,7 @@ from configurator import stoppable
 
 if __name__ == "__main__":
     stoppable()
+import hashlib
 import itertools
 import os
 import sys
@@ -32,6 +34,9 @@ from configurator import configure, one_line_errors, reading, written
 ckpt = "out/ckpt.pt"        # checkpoint of train.py
 prompt = ""                 # text to go on from
 prompt_file = ""            # a file with a prompt a line, of any lengths: all are continued in one batch
+chat = ""                   # a question, as a prompt in the World format: User: ..., Assistant:
+state = ""                  # a file of --save_state: the prompt goes on from what was read then
+save_state = ""             # file for the state after the prompt, for samplers ar and block
 suffix = ""                 # text that must follow what is generated
 text = ""                   # text with a _ for each token to fill in
 hole = "_"                  # the sign of a hole in text: another one where the text itself has _
@@ -147,13 +152,56 @@ def fill(model, objective, tokenizer, x, lengths, known):
     options = dict(sampler=name, steps=steps, threshold=threshold, temperature=temperature, top_k=top_k,
                    top_p=top_p, guidance=guidance, eta=eta, clamp=clamp, block_size=block_size,
                    eot=tokenizer.eot_id, lengths=lengths, watch=watcher(tokenizer, model.mask_id))
+    if save_state and not state and not known[:, 0].all():
+        raise ValueError(f"save_state={save_state} is for the state after a prompt: give --prompt or --chat")
+    if state or save_state:
+        check_stateful(model, name)
+        context = opened_state(model, name) if state else diffusion.Context(start=objective.start_id)
+        options["context"] = context
     y = objective.fill(counted, x, known, data.generator(seed, 0, 3), **options)
+    if save_state:
+        write_state(model, name, context)
     assert (y[known] == x[known]).all() and (y != model.mask_id).all()
     taken, n = time.perf_counter() - begun, int((~known).sum())
     carried = f", from a state of {counted.carried:,} bytes per row" if counted.carried else ""
     print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} per call, "
           f"{n / taken:.0f} tokens/s ({name}{carried})")
     return y.cpu()
+
+def weights_digest(model):
+    """Tells networks apart, as text: a state means nothing to another one."""
+    told = torch.cat([model.emb.weight[:64].flatten(), model.ln_out.weight]).float().cpu()
+    return hashlib.sha256(told.numpy().tobytes()).hexdigest()
+
+def check_stateful(model, name):
+    if name not in diffusion.STATEFUL or set(nets.pattern(model.cfg)) != {"rwkv7"}:
+        raise ValueError(f"state and save_state are for the samplers {' and '.join(diffusion.STATEFUL)} and "
+                         f"mixer=rwkv7, not for sampler={name}, mixer={model.cfg.mixer}: leave them out")
+
+def write_state(model, name, context):
+    """The state after the prompt, which all rows have in common, to the file save_state."""
+    layers = [{key: z[:1].clone() for key, z in layer._asdict().items() if z is not None}
+              for layer in context.state or []]
+    last = None if context.last is None else context.last[:1].clone()
+    content = dict(state=layers, last=last, sampler=name, network=weights_digest(model))
+    nets.save_checkpoint(save_state, content)
+    print(f"state after the prompt: {save_state}")
+
+def opened_state(model, name):
+    """The file `state` -> a Context. ValueError for one of another network or sampler."""
+    found = nets.read_tensors(state) if os.path.isfile(state) else {}
+    if found.get("network") != weights_digest(model) or found.get("sampler") != name:
+        raise ValueError(f"state={state} is not of this network with sampler={name}: make one with "
+                         "--save_state=FILE and a prompt")
+    with reading(state, "make it anew with --save_state"):
+        layers = [nets.LayerState(**layer) for layer in found["state"]]
+        shapes = [[z.shape for z in layer if z is not None] for layer in layers]
+        last, device = found["last"], model.emb.weight.device
+        whole = model(torch.zeros(1, 1, dtype=torch.long, device=device), finished_text=True).state
+        if shapes != [[z.shape for z in layer if z is not None] for layer in whole]:
+            raise ValueError("its layers have other shapes")
+    moved = lambda z: z.to(device) if torch.is_tensor(z) else z
+    return diffusion.Context([nets.LayerState(*map(moved, layer)) for layer in layers], last=moved(last))
 
 def answer_task(model, objective, tokenizer, name, settings):
     """Answers to rows of the task's evaluation set, with a score."""
@@ -256,10 +304,12 @@ def main(cfg):
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
     trained = settings_of(saved["config"])
-    if sum(map(bool, (text, prompt or suffix, prompt_file))) > 1:
-        raise ValueError("give --prompt (with --suffix), --prompt_file or --text, not several: --text may "
+    if sum(map(bool, (text, prompt or suffix, prompt_file, chat))) > 1:
+        raise ValueError("give --prompt (with --suffix), --prompt_file, --chat or --text: --text may "
                          "hold a prompt before its holes")
     prompts, T = lines_of(prompt_file) if prompt_file else [prompt], trained["seq_len"]
+    if chat:
+        prompts = ["\n\n" * bool(state) + data.question(chat)]
     size = num_samples * len(prompts) * (length or T) * max(1, saved["model_config"].get("vocab_size", 1))
     nets.in_memory(8 * size, f"num_samples={num_samples}, length={length}")
     with reading(ckpt, "its tokenizer is damaged"):
@@ -274,7 +324,7 @@ def main(cfg):
     if sampler and not objective.fits(sampler) and not with_latents:
         raise ValueError(f"sampler={sampler} is not for a network trained with objective={name}: leave "
                          "sampler out")
-    texts = prompt or suffix or prompt_file or text
+    texts = prompt or suffix or prompt_file or text or chat
     if task and not texts:
         answer_task(model, objective, tokenizer, task, trained)
     elif mode or latent or objective.latents and not texts:

@@ -91,6 +91,7 @@ device = "auto"             # auto | cpu | cuda | cuda:1 | mps
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
 threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 compile = False             # the layers through torch.compile; where it does not work the run goes on without
+recompute = False           # layers keep only their input for gradients: less memory, 1.3x the time
 shard = False               # torchrun: weights, gradients, optimizer states are sharded (FSDP2)
 
 # ---- settings that depend on others ----
@@ -99,7 +100,8 @@ def source_kind(cfg):
     """The class of the data that was asked for."""
     if tasks.chosen(cfg.as_dict()):
         return data.TaskSource
-    return data.PairSource if data.has_pairs(cfg.data_path) else data.TextSource
+    kinds = {data.PairSource: data.has_pairs, data.ChatSource: data.has_turns}
+    return next((kind for kind, fits in kinds.items() if fits(cfg.data_path)), data.TextSource)
 
 def objective_name(cfg):
     """The objective asked for, or that of the data."""
@@ -310,6 +312,8 @@ def open_source(cfg, saved):
             asked = data.agreed(asked, old, "the checkpoint")
         if kind is data.PairSource:
             source = kind(path, T, asked, cfg.use_external_latents, cfg.skip_missing)
+        elif kind is data.ChatSource:
+            source = kind(path, T, asked, cfg.block_size)
         else:
             source = kind(path, T, asked, cfg.data_bin, cfg.data_val_bin, cfg.vocab_size)
     if old and not data.same_vocabulary(old, source.tokenizer.state()):
@@ -620,11 +624,18 @@ def restore(optimizers, states, path, changed):
                          f"{repair}, or start a new run from its weights with --init_from={path} and another "
                          "--out_dir") from None
 
-def header(cfg, model, device):
+def training_bytes(model, optimizers):
+    """Weights, 4 bytes each; those that learn have a gradient, and 1 (Muon) or 2 numbers of the optimizer."""
+    learning = [(p.numel(), 2 - isinstance(o, nets.Muon)) for o in optimizers for group in o.param_groups
+                for p in group["params"] if p.requires_grad]
+    return sum(4 * p.numel() for p in model.parameters()) + sum(4 * n * (1 + kept) for n, kept in learning)
+
+def header(cfg, model, optimizers, device):
     """The first line of log.jsonl: all that is needed to repeat the run."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"event": "start", "parameters": sum(n for n, _ in sizes),
             "active": sum(n for n, learns in sizes if learns), "git": commit(),
+            "training_bytes": training_bytes(model, optimizers),
             "torch": torch.__version__, "numpy": np.__version__,
             "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(),
             "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type),
@@ -660,6 +671,7 @@ def set_up(cfg, saved, resumed, rank, world, device):
         start = saved["step"]
     source = open_source(cfg, saved)
     model = build_model(cfg, source, path, saved)
+    model.recompute = cfg.recompute
     objective = build_objective(cfg, model)
     if not cfg.shard:                      # sharded, it may fit where the whole does not
         model.to(device)
@@ -689,13 +701,14 @@ def set_up(cfg, saved, resumed, rank, world, device):
     projection = source.projection or saved.get("projection")
     run = Run(cfg, rank == 0, device, own, source, objective, model, learner, evaluated, averaged, optimizers,
               base_lrs, projection, start, Log())
-    first = header(cfg, model, device)
+    first = header(cfg, model, optimizers, device)
     run.log.write(**first)
     origin = f"weights of {path}" if path else "from scratch"
     if resumed:
         run.saved_at, origin = start, f"going on from {path} at step {start}"
-    print0(f"{source.name}: {first['parameters']:,} parameters, {first['kernel']} kernel on {device}, "
-           f"{first['threads']} threads, {origin}")
+    size = f"{first['parameters']:,} parameters ({first['training_bytes'] / 2**20:,.0f} MiB to train)"
+    machine = f"{first['kernel']} kernel on {device}, {first['threads']} threads"
+    print0(f"{source.name}: {size}, {machine}, {origin}")
     return run
 
 def begin(run, held, resumed):
@@ -759,6 +772,8 @@ def main(cfg):
     del saved
     model, objective, start = run.model, run.objective, run.start
     trained, active, unused_before = parallel(run), set_trainable(cfg, model, start), ""
+    kind = torch.bfloat16 if in_bf16(cfg, device) else torch.float32
+    flops, peak = 3 * nets.flops_per_token(model.cfg, cfg.seq_len), world * nets.product_flops(device, kind)
 
     bar = tqdm(range(start, cfg.max_iters), initial=start, total=cfg.max_iters, unit="step",
                disable=not run.lead, dynamic_ncols=True)
@@ -816,7 +831,7 @@ def main(cfg):
             ms = seconds / (step + 1 - since) * 1e3
             run.log.write(event="train", step=step, loss=loss, **extra, active=active,
                           lr=run.groups()[-1]["lr"], grad_norm=gather(norm).item(), ms_per_step=ms,
-                          tokens_per_s=positions / seconds)
+                          tokens_per_s=positions / seconds, mfu=flops * positions / seconds / peak)
             clock, since, positions = time.perf_counter(), step + 1, 0
             bar.set_postfix_str(f"loss {loss:.3f}, {ms:.0f} ms/step", refresh=False)
         if ending:

@@ -8,6 +8,7 @@ import torch
 
 import data
 import diffusion
+import model
 from diffusion import MASK_POLICIES, OBJECTIVES, SAMPLERS, SCHEDULES, DiffusionConfig, Logits, draw, guided, mask_tokens, stratified
 from model import Denoiser, ModelConfig
 
@@ -280,12 +281,12 @@ def test_answers_in_several_calls_are_decided_surest_first():
 def test_probabilities_in_any_fixed_order_sum_to_1(name, changes, n, rule):
     """The random order must be the same for all strings, as it is for a row that is sampled."""
     net, form = network(n, **changes), objective(name, n)
-    nll = torch.cat([form.in_order(net, x[None], rule, SEED(7)) for x in STRINGS]) * 4
+    nll = torch.cat([form.in_order(net, x[None], rule, SEED(7))[0] for x in STRINGS]) * 4
     assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
     if rule == "left_to_right" and name not in ("block", "b3d"):       # and left to right it is the chain rule, written out
         first, masked = 0.0, torch.ones(81, 4, dtype=torch.bool)
         for i in range(4):
-            logits = form.logits(net, STRINGS, masked)[:, i].log_softmax(-1)
+            logits = form.through(net, STRINGS, masked).logits[:, i].log_softmax(-1)
             first, masked[:, i] = first - logits.gather(1, STRINGS[:, i:i + 1])[:, 0], False
         assert torch.allclose(nll, first.double(), atol=1e-5)
 
@@ -327,12 +328,81 @@ def test_all_blocks_at_once_equal_block_by_block(name, T):
     """What training sees is what sampling sees: the state of finished text, carried from block to block."""
     net, x = network(**BLOCKWISE[name]), torch.randint(3, (2, T), generator=SEED(3))
     masked = torch.rand(2, T, generator=SEED(4)) < 0.6
-    whole = objective("block").logits(net, x, masked)
+    whole = objective("block").through(net, x, masked).logits
     noisy, state = mask_tokens(x, masked, 3), None
     for lo in range(0, T, 4):
         assert torch.allclose(net(noisy[:, lo:lo + 4], state=state).logits, whole[:, lo:lo + 4], atol=1e-5)
         assert torch.allclose(recomputed(net, x, masked, lo, min(lo + 4, T))[:, lo:lo + 4], whole[:, lo:lo + 4], atol=1e-5)
         state = net(x[:, lo:lo + 4], state=state, finished_text=True).state
+
+
+@pytest.mark.parametrize("name", ["masked_mean", "ar", "block", "mixture", "b3d"])
+@pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True, logit_cap=5.0)])
+def test_losses_and_gradients_without_all_logits_at_once(name, changes, monkeypatch):
+    """A network that gets targets against one that gives all logits, whose cross-entropies are taken here."""
+    direction = dict(masked_mean="bidirectional", ar="causal", b3d="causal").get(name, "block")
+    net, form = network(3, direction=direction, **changes), objective(name, 3, block_sizes=(3, 0), next_weight=0.5)
+    x, masked = torch.randint(3, (4, 7), generator=SEED(3)), torch.rand(4, 7, generator=SEED(4)) < 0.6
+    batch = diffusion.Batch(x, masked, torch.rand(4, 7), block=torch.tensor([3, 0, 3, 0]), learned=torch.ones_like(masked))
+    monkeypatch.setattr(model, "MOST_LOGITS", 3 * 4)                   # four tokens at a time
+    found = {}
+    for kind, f in dict(targets=net, logits=WithLogits(net)).items():
+        net.zero_grad()
+        loss = form.loss(f, batch).sum()
+        loss.backward()
+        found[kind] = loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        with torch.no_grad():
+            found[kind] += form.parts[3].bound(f, x, SEED(5)) if name == "mixture" else form.bound(f, x, SEED(5)),
+    (a, da, bound), (b, db, other) = found.values()
+    assert a == pytest.approx(b, rel=1e-5) and torch.allclose(da, db, atol=1e-5) and torch.allclose(bound, other, atol=1e-5)
+
+
+class WithLogits:
+    """A network that knows nothing of targets."""
+
+    def __init__(self, net):
+        self.net, self.reads_causally = net, net.reads_causally
+
+    def __call__(self, x, targets=None, **options):
+        return self.net(x, **options)
+
+
+@pytest.mark.parametrize("name", ["masked_mean", "ar", "block", "mixture"])
+def test_padding_and_what_is_given_are_not_learned(name):
+    """Rows whose middle part is asked for: what comes after it has no effect, and the bound is about that part alone."""
+    direction = dict(masked_mean="bidirectional", ar="causal").get(name, "block")
+    net, form = network(3, direction=direction), objective(name, 3, block_sizes=(3, 0), next_weight=0.5)
+    x, lengths = torch.randint(3, (4, 10), generator=SEED(3)), torch.tensor([10, 7, 5, 4])
+    maskable = (torch.arange(10) >= 3) & (torch.arange(10) < lengths[:, None])
+    other = x.masked_fill(torch.arange(10) >= lengths[:, None], 1)
+    losses, bounds = [], []
+    for z in (x, other):
+        batch, total = form.noise(data.Rows(z, maskable, lengths), diffusion.Draw(SEED(4), 4, 0, 4, 10), 0)
+        assert not (batch.masked & ~maskable).any()
+        losses.append(form.loss(net, batch) / total)
+        losses[-1].sum().backward()
+        part = form.parts[3] if name == "mixture" else form
+        bounds.append(part.bound(net, z, SEED(5), maskable, lengths))
+    assert torch.allclose(losses[0], losses[1]) and torch.allclose(bounds[0], bounds[1], atol=1e-6)
+    for i, n in enumerate(lengths.tolist()):                          # a row is what it is alone, without padding
+        exact = form.parts[1] if name == "mixture" else form
+        if name in ("ar", "mixture"):
+            alone = exact.bound(net, x[i:i + 1, :n], None, maskable[i:i + 1, :n])
+            assert torch.allclose(alone, exact.bound(net, x, None, maskable, lengths)[i], atol=1e-5)
+    if name in ("ar", "mixture"):
+        read = torch.nn.functional.pad(x[:1, :-1], (1, 0), value=3)    # the mask stands for the start
+        nats = torch.nn.functional.cross_entropy(net(read, finished_text=True, block_size=1).logits[0, 3:], x[0, 3:])
+        assert nats.item() == pytest.approx(exact.bound(net, x, None, maskable, lengths)[0].item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_finished_text_tells_next_tokens_whatever_predict_says():
+    """So a network whose masks are predicted at the place before them learns the same next tokens as any other."""
+    x = torch.randint(3, (2, 8), generator=SEED(3))
+    same, other = network(4, direction="block"), network(4, direction="block", predict="next")
+    other.load_state_dict(same.state_dict())
+    assert torch.equal(same(x, finished_text=True).logits, other(x, finished_text=True).logits)
+    assert not torch.equal(same(x).logits, other(x).logits)
 
 
 @pytest.mark.parametrize("name", ["two-way, dw_jrt", "attention"])
@@ -341,12 +411,12 @@ def test_block_loss_reaches_every_parameter_and_no_later_block(name):
     masked = torch.rand(2, 12, generator=SEED(4)) < 0.6
     objective("block").loss(net, diffusion.Batch(x, masked, torch.ones(x.shape))).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in net.named_parameters() if not n.endswith("blocks.0.att.v0"))
-    before = objective("block").logits(net, x, masked)
+    before = objective("block").through(net, x, masked).logits
     for at in range(12):                                               # a clean token changes the blocks after its own, masked or not
         y = x.clone()
         y[:, at] = (y[:, at] + 1) % 3
-        changed = (objective("block").logits(net, y, masked | (torch.arange(12) == at))
-                   != objective("block").logits(net, x, masked | (torch.arange(12) == at))).any(-1).any(0)
+        changed = (objective("block").through(net, y, masked | (torch.arange(12) == at)).logits
+                   != objective("block").through(net, x, masked | (torch.arange(12) == at)).logits).any(-1).any(0)
         assert not changed[:(at // 4 + 1) * 4].any() and changed[(at // 4 + 1) * 4:].all()
     assert torch.isfinite(before).all()
 
