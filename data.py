@@ -351,6 +351,38 @@ def one_line_end(text):
 def is_jsonl(path):
     return str(path).lower().endswith((".jsonl", ".jsonl.gz", ".zst"))
 
+class Zst(io.RawIOBase):
+    """What a .zst file holds, which must be whole; it can be sought forward."""
+
+    def __init__(self, path, make):
+        self.file, self.make, self.frame, self.text, self.at = open(path, "rb"), make, None, b"", 0
+
+    def readinto(self, buffer):
+        while not self.text:
+            raw = self.file.read(PIECE)
+            if not raw and self.frame:
+                raise ValueError("its last frame is cut")
+            if not raw:
+                return 0
+            while raw:
+                self.frame = self.frame or self.make()
+                self.text += self.frame.decompress(raw)
+                raw, self.frame = self.frame.unused_data, None if self.frame.eof else self.frame
+        part, self.text = self.text[:len(buffer)], self.text[len(buffer):]
+        buffer[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def tell(self):
+        return self.at
+
+    def seek(self, at, whence=0):
+        while self.at < at and self.readinto(bytearray(min(PIECE, at - self.at))):
+            pass
+        return self.at
+
+    readable = seekable = lambda self: True
+
 def opened(path):
     """A file, for reading its bytes; .gz and .zst are unpacked on the way."""
     if str(path).lower().endswith(".gz"):
@@ -361,8 +393,7 @@ def opened(path):
         import zstandard
     except ImportError:
         raise UserError(f"{path} needs the zstandard package: pip install zstandard") from None
-    unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-    return io.BufferedReader(unpacked, PIECE)
+    return io.BufferedReader(Zst(path, lambda: zstandard.ZstdDecompressor().decompressobj()), PIECE)
 
 @functools.lru_cache
 def text_size(path, size, time):

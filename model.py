@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -1315,6 +1315,7 @@ OPTIMIZERS = {"muon": muon_rows, "adamw": adamw_rows}      # (model, cfg with tr
 OFFICIAL = {"emb.weight": 2, "head.weight": 2, "ln_out.weight": 1, "blocks.0.ln0.weight": 1,
             "blocks.0.att.r_k": 2, "blocks.0.att.w1": 2, "blocks.0.att.a1": 2, "blocks.0.att.g1": 2,
             "blocks.0.ffn.key.weight": 2}
+OLDER = {"time_maa_x": "RWKV-6 (x060)", "time_mix_k": "RWKV-4 or RWKV-5"}    # told by a name
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")     # where trainers put the weights,
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")   # and what they put before their names
 SHAPES = ("n_layer", "n_embd", "head_size", "vocab_size", "dim_ffn", "mixer",
@@ -1427,12 +1428,15 @@ def own_config(content, path):
 
 def official_config(weights, path, **overrides):
     """ModelConfig of an official RWKV-7 state dict, from its shapes. ValueError names missing keys."""
+    if older := next((what for key, what in OLDER.items() if f"blocks.0.att.{key}" in weights), ""):
+        raise ValueError(f"{path} is {older}, this code reads RWKV-7 (x070): give weights of that version")
     if missing := [k for k in OFFICIAL if k not in weights]:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor RWKV-7 weights: "
                          f"it lacks {', '.join(missing)}")
     check_weights(weights, math.inf, path)
-    shapes = {k.removeprefix("blocks.0."): weights[k].squeeze().shape for k in OFFICIAL}
-    if flat := [k for k, dims in OFFICIAL.items() if weights[k].squeeze().dim() != dims]:
+    found = {k: z if z.dim() == OFFICIAL[k] else z.squeeze() for k, z in weights.items() if k in OFFICIAL}
+    shapes = {k.removeprefix("blocks.0."): z.shape for k, z in found.items()}
+    if flat := [k for k, dims in OFFICIAL.items() if found[k].dim() != dims]:
         raise ValueError(f"{path} is not RWKV-7 weights: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")
     blocks, holes = block_numbers(weights)
     if holes:
@@ -1474,6 +1478,25 @@ def from_pretrained(path, content=None, /, **overrides):
             weights.pop(f"blocks.0.att.{key}", None)
     load_weights(model, weights, path)
     return model
+
+def official_weights(model, dtype=torch.float32):
+    """The weights as official RWKV-7 files have them; the mask's row is left out. ValueError for a network
+    that is another one, or more."""
+    cfg, own = model.cfg, asdict(ModelConfig())
+    same = ("loops", "time_cond", "gaussian", "self_cond", "latent_dim", "norm", "tie_embeddings",
+            "ffn_shift", "dw_jrt", "read_twice", "rotary", "observed_first", "logit_cap", "adapter_rank")
+    other = [f"{key}={getattr(cfg, key)}" for key in same if getattr(cfg, key) != own[key]]
+    if set(pattern(cfg)) != {"rwkv7"} or direction(cfg) != "causal":
+        other = [f"mixer={cfg.mixer}", f"direction={direction(cfg)}", *other]
+    if other:
+        raise ValueError("the official layout is for causal RWKV-7 alone, this network has "
+                         f"{', '.join(other)}: keep the checkpoint")
+    weights, C, rank = dict(model.state_dict()), cfg.n_embd, low_ranks(cfg, first=False)["v"]
+    weights["emb.weight"] = weights["emb.weight"][:-1]
+    unused = dict(v0=(1, 1, C), v1=(C, rank), v2=(rank, C))
+    for key, shape in unused.items():
+        weights[f"blocks.0.att.{key}"] = torch.zeros(shape)
+    return {name: x.to(dtype).cpu().contiguous() for name, x in weights.items()}
 
 def load_weights(model, weights, path):
     """Copy a state dict into the model, whatever its dtype; ValueError unless only ADDED ones are absent."""

@@ -8,6 +8,7 @@
     ... --mode=l2t --latent=file.npy                text from latents, of a network trained with latents
     ... --mode=t2l --text="To be"                   a latent from text, written to latent.npy
     ... --mode=joint                                both from nothing (stage2: z from the prior, then text)
+    ... --export=FILE.pth                           the network for programs that read official RWKV-7 files
     ... --watch=1                                   shows the denoising step by step
 """
 from configurator import stoppable
@@ -60,8 +61,9 @@ seed = 1337                 # [0, 9e18] of the draws, and of a task's rows
 watch = False               # show each step in the terminal
 watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
+export = ""                 # .pth or .safetensors file: the network in the layout of official RWKV-7 files
 wkv_impl = "auto"           # auto | cuda | cpp | torch | loop: back end of the recurrence
-weights = "fp32"            # fp32 | bf16 | int8: how matrices are kept, so many bytes less are read per token
+weights = "fp32"            # fp32 | bf16 | int8: how matrices are kept; fewer bytes are read faster
 
 MARK, NEW, OFF = "\033[2m", "\033[1;32m", "\033[0m"     # dim: masked; green: what a step decided
 
@@ -203,6 +205,22 @@ def opened_state(model, name):
     moved = lambda z: z.to(device) if torch.is_tensor(z) else z
     return diffusion.Context([nets.LayerState(*map(moved, layer)) for layer in layers], last=moved(last))
 
+def write_official(model, tokenizer):
+    """The network to the file `export`."""
+    if weights == "int8":
+        raise ValueError("weights=int8 is not for the official layout: choose fp32 or bf16")
+    kept = nets.official_weights(model, wkv_cuda.KEPT[weights])
+    if export.endswith(".safetensors"):
+        with reading(export, "pip install safetensors, or give a .pth file"):
+            from safetensors.torch import save
+        with written(export) as f:
+            f.write(save(kept))
+    else:
+        nets.save_checkpoint(export, kept)
+    start = "" if model.cfg.start_token == 0 else "; before a text it had the mask, others have token 0"
+    numbers = sum(x.numel() for x in kept.values())
+    print(f"{export}: {numbers:,} numbers in {weights}, {tokenizer.kind} tokens{start}")
+
 def answer_task(model, objective, tokenizer, name, settings):
     """Answers to rows of the task's evaluation set, with a score."""
     source = data.TaskSource(name, tasks.params(name, settings), settings["seq_len"])
@@ -315,6 +333,8 @@ def main(cfg):
     with reading(ckpt, "its tokenizer is damaged"):
         tokenizer = data.Tokenizer(**saved["tokenizer"])
     model = nets.from_pretrained(ckpt, saved).to(device).eval()
+    if export:
+        return write_official(model, tokenizer)
     nets.keep_weights(model, weights)
     task = tasks.chosen(trained)
     kind = data.TaskSource if task else data.TextSource

@@ -351,6 +351,9 @@ def build_model(cfg, source, path, saved):
     if D and model.cfg.latent_dim != D:
         raise ValueError(f"{path} knows latents of {model.cfg.latent_dim} dimensions, those of {source.name} "
                          f"have {D}: project them alike")
+    if not was and model.cfg.vocab_size - V >= 128:        # official; some fill their table up
+        raise ValueError(f"{path} knows {model.cfg.vocab_size:,} tokens, those of {source.tokenizer.kind} are "
+                         f"{V:,}: use the tokenizer it was trained with, such as --tokenizer=rwkv")
     if model.cfg.vocab_size < V:
         raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer "
                          "it was trained with")
@@ -458,12 +461,13 @@ def named(names, key, patterns):
     return found
 
 def backbone(cfg, names):
-    """What freeze_backbone freezes. The embeddings are not among it: one row of them, the mask's, must learn
-    (mask_row_only)."""
+    """What freeze_backbone freezes, so that finished text is read as before. The embeddings are not among it:
+    one row of them, the mask's, must learn (mask_row_only)."""
     learn = {"emb.weight"}
     if cfg.train_lm_head or not cfg.use_rwkv_lm_head:
         learn.add("head.weight")
-    return {name for name in names if name not in learn and not any(part in name for part in nets.ADDED)}
+    added = lambda name: any(part in name for part in nets.ADDED) and not name.endswith("fuse.w_f")
+    return {name for name in names if name not in learn and not added(name)}
 
 def mask_row_only(cfg, model, step):
     """freeze_backbone: of the embeddings' gradient only the mask's row stays, unless unfreeze_patterns has
