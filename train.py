@@ -352,7 +352,7 @@ def build_model(cfg, source, path, saved):
         raise ValueError(f"{path} knows latents of {model.cfg.latent_dim} dimensions, those of {source.name} "
                          f"have {D}: project them alike")
     if not was and model.cfg.vocab_size - V >= 128:        # official; some fill their table up
-        raise ValueError(f"{path} knows {model.cfg.vocab_size:,} tokens, those of {source.tokenizer.kind} are "
+        raise ValueError(f"{path} knows {model.cfg.vocab_size:,} tokens, {source.tokenizer.kind} has "
                          f"{V:,}: use the tokenizer it was trained with, such as --tokenizer=rwkv")
     if model.cfg.vocab_size < V:
         raise ValueError(f"{path} knows {model.cfg.vocab_size} tokens, the data has {V}: use the tokenizer "

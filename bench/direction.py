@@ -5,11 +5,11 @@ import torch
 
 import bench
 import model as nets
-from bench import BASELINE, alternated, directions, processor, table
+from bench import BASELINE, alternated, directions, from_file, table
 
 def suite():
     """In fp32, and where it is fast in bf16."""
-    found, half = processor(), nets.fast_bf16(torch.device("cpu"))
+    found, half = from_file("wkv").processor(), nets.fast_bf16(torch.device("cpu"))
     return {**found, "ms": direction_ms(False), "bf16_ms": direction_ms(True) if half else {}}
 
 @torch.inference_mode()

@@ -131,7 +131,7 @@ def test_foreign_official_files(tmp_path, run, pretrained):
     assert done.returncode == 0, "300 tokens are 256 filled up"
     save_checkpoint(str(tmp_path / "large.pth"), official_weights(Denoiser(replace(CAUSAL, vocab_size=1000))))
     done = run("train.py", "--init_from=large.pth", "--data_path=t.txt", "--max_iters=1", "--out_dir=other")
-    assert done.returncode == 2 and "large.pth knows 1,000 tokens, those of byte are 256: use the tokenizer" in done.stderr
+    assert done.returncode == 2 and "large.pth knows 1,000 tokens, byte has 256: use the tokenizer" in done.stderr
 
 
 # ---- states ----
