@@ -60,6 +60,7 @@ threads = 0                 # [0, 4096] CPU threads; 0 = torch's choice
 jobs = 1                    # [1, 1024] training runs at a time, each with so many threads
 only = ""                   # rows between ; (tasks: part of a name; text: pace = step times; gpu: parts)
 ckpt = "out/ckpt.pt"        # score: the checkpoint
+likelihood = ""             # score: next | confidence | left_to_right | random | bound; empty = the best
 rwkv_lm = ""                # gpu: a checkout of RWKV-LM, whose own kernels are then measured in the same run
 quick = False               # a twentieth of the steps and one seed: shows that a suite runs, measures nothing
 

@@ -183,7 +183,9 @@ def exact_count(maskable, generator):
     random, and takes the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the
     integral over t of the ELBO under every schedule, with far less variance than random mask rates.
     """
-    k = (stratified(len(maskable), generator) * maskable.sum(1)).ceil().clamp(min=1)
+    levels = stratified(len(maskable), generator)
+    levels = levels[torch.randperm(len(levels), generator=generator)]      # each row can get each level
+    k = (levels * maskable.sum(1)).ceil().clamp(min=1)
     order = torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2)
     masked = maskable & (order.argsort(1).argsort(1) < k[:, None])
     return masked, masked / k[:, None]

@@ -1332,6 +1332,7 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """A file of tensors -> dict on the CPU. ValueError, in one line, if it is missing, truncated or foreign.
     Its claims of size are compared with the file before memory is taken."""
+    path = str(path)
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path} does not exist: train first, or give a .pt or .pth file")
     content, size = read_tensors(path), os.path.getsize(path)
