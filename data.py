@@ -442,6 +442,13 @@ def turns(found):
         raise ValueError("it does not end with a response of the assistant")
     return parts
 
+def plain(found):
+    """The text of an object without turns: where the first line has none, no other may have any."""
+    parts = turns(found)
+    if len(parts) > 1:
+        raise ValueError("it is a dialogue, but the first line is a text: begin the file with a dialogue")
+    return parts[0][0]
+
 def question(content):
     """What a network that was trained on dialogues answers."""
     return "".join(text for text, _ in turns(dict(prompt=content, response="-"))[:3])
@@ -462,8 +469,9 @@ def has_turns(path):
     """Is it a .jsonl file of dialogues? The first line tells."""
     if not is_jsonl(path) or not os.path.isfile(path):
         return False
-    first = next((line for line in lines_of(path) if line.strip()), b"")
-    return re.match(rb'\s*\{\s*"(messages|prompt|response)"', first) is not None or b'"messages"' in first
+    for line in filter(bytes.strip, lines_of(path)):
+        return record(path, line, "line 1", lambda found: isinstance(found, dict) and "text" not in found)
+    return False
 
 def read_text(path):
     """A UTF-8 file -> (name, str); with no path the source of Python's own standard library, which every
@@ -479,7 +487,7 @@ def read_text(path):
         text = one_line_end(decode(f.read().removeprefix(codecs.BOM_UTF8), path))
     if is_jsonl(path):
         lines = enumerate(text.split("\n"), 1)
-        text = "".join(record(path, line, f"line {i}") + "\n" for i, line in lines if line.strip())
+        text = "".join(record(path, line, f"line {i}", plain) + "\n" for i, line in lines if line.strip())
     return str(path), text
 
 def alphabet(*texts):
@@ -924,6 +932,17 @@ class Tokenizer:
         runs = itertools.groupby(map(int, ids), lambda i: i < self.vocab_size)
         return "".join(self.codec.decode(list(run)) if known else "_" * len(list(run)) for known, run in runs)
 
+    def pieces(self, ids):
+        """Ids -> what each adds to the text; of several that are one character together the last has it."""
+        found, told = [], ""
+        for n in range(1, len(ids) + 1):
+            text = self.decode(ids[:n])
+            if text.endswith("\ufffd") and n < len(ids):
+                text = told
+            found.append(text[len(told):])
+            told = text
+        return found
+
     def characters(self, ids):
         """Ids -> what each shows as, one printable character for byte and char (line ends as ⏎); of several
         ids that are one character together the first has it, the others are empty."""
@@ -957,7 +976,7 @@ def agreed(asked, state, owner):
     return asked
 
 CONTROLS = dict.fromkeys(range(128, 160), 0xfffd) | {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
-CONTROLS |= {ord(c): c for c in "\n\t"}
+CONTROLS |= {ord(c): c for c in "\n\t"} | dict.fromkeys((0xfffe, 0xffff), 0xfffd)
 
 def visible(text):
     """Text as a terminal may show it: control characters as their pictures, but for line ends and tabs."""

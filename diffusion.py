@@ -1333,8 +1333,7 @@ def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, tem
     rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T)
     bool, what to keep; pace: tokens that a row must decide in this call to be done in `steps` calls (0: one
     per token); left: calls to go, this one included. soft: each call sees in the masks what the one before
-    predicted. watch(x, fresh) is called after every step, fresh (B,T)
-    the tokens just decided.
+    predicted. watch(x, fresh, sure) is called after every step, fresh (B,T) the tokens just decided.
     """
     x, masked = mask_tokens(x, ~known, mask_id), ~known
     first = masked.sum(1)
@@ -1348,7 +1347,7 @@ def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, tem
         fresh = masked & rule(sure, masked, pace, calls - call, generator, threshold)
         x, masked, call = torch.where(fresh, token, x), masked & ~fresh, call + 1
         if watch:
-            watch(x, fresh)
+            watch(x, fresh, sure)
     return x
 
 def best(score, masked, count):
@@ -1400,7 +1399,7 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
     T, n = x.shape[1], block_size
     x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
     start = (~known).long().cumsum(1).eq(0).sum(1)                     # (B,) length of the known prefix
-    context = context or Context()
+    watch, context = options.pop("watch", None), context or Context()
     state = context.state = prefix_state(net, x[:, :int(start.max())], start, context.rows(len(x)))
     ended = torch.zeros_like(start, dtype=torch.bool)
     while (start < T).any():
@@ -1411,7 +1410,8 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
         if eot is not None:
             piece = piece.masked_fill(ended[:, None] & ~fixed, eot)
         denoise = from_state(net, state, lengths, n, layout)
-        done = SAMPLERS[inner](denoise, piece, given, mask_id, generator, **options)
+        inside = watch and functools.partial(watch_block, watch, x, at, given)
+        done = SAMPLERS[inner](denoise, piece, given, mask_id, generator, watch=inside, **options)
         done = torch.where(given, piece, done)                         # whatever is past the end
         if eot is not None:
             after = (done == eot).long().cumsum(1) - (done == eot).long() > 0
@@ -1421,6 +1421,13 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
         if (start < T).any():
             state = net(done, state=state, lengths=lengths, finished_text=True).state
     return x[:, :T]
+
+def watch_block(watch, x, at, given, *piece):
+    """watch for whole rows x (B,T+n), of which a block, at (B,n), is as a sampler of blocks says."""
+    T, none = x.shape[1] - at.shape[1], torch.zeros_like(x)
+    whole = x, none.bool(), none.double()
+    piece = torch.where(given, x.gather(1, at), piece[0]), *piece[1:]
+    watch(*(z.scatter(1, at, part.to(z.dtype))[:, :T] for z, part in zip(whole, piece)))
 
 def from_state(net, state, lengths, n, layout):
     """The network on blocks of n that go on from a state."""
@@ -1460,7 +1467,7 @@ def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, w
     ended = torch.zeros_like(known[:, :1])
     for i in range(given, x.shape[1]):
         out = net(last, state=state)
-        token, state = draw(out.logits, temperature, top_k, top_p, generator)[0], out.state
+        (token, sure), state = draw(out.logits, temperature, top_k, top_p, generator), out.state
         if eot is not None:
             token = token.masked_fill(ended, eot)
             ended |= token == eot
@@ -1469,7 +1476,7 @@ def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, w
         fresh[:, i] = ~known[:, i]
         x = torch.where(fresh, last, x)
         if watch:
-            watch(x, fresh)
+            watch(x, fresh, sure.expand(x.shape))
     return x
 
 # ---- Gaussian samplers: one step from x_t to x_s, s < t ----
@@ -1549,7 +1556,8 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
         if clamp:
             x0 = F.embedding(logits.argmax(-1), table)
         if watch:
-            watch(torch.where(known, x, logits.argmax(-1)), ~known)
+            sure, token = logits.softmax(-1).max(-1)
+            watch(torch.where(known, x, token), ~known, sure)
         x_t = GAUSSIAN_STEPS[rule](x0, x_t, at, as_, eta, generator) if s else x0
     return torch.where(known, x, draw(logits, temperature, top_k, top_p, generator)[0])
 
@@ -1665,7 +1673,7 @@ def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="fir
                 fresh = masked & DECISIONS[rule](sure, masked, pace, steps - i, generator, threshold)
             x = torch.where(fresh, token, x)
             if watch:
-                watch(x, fresh)
+                watch(x, fresh, sure)
         if s:
             at, as_ = abar(torch.tensor([s, s_next]), latent_cfg(cfg)).tolist()
             z_t = ddim(z0, z_t, at, as_, eta, generator) if s_next else z0

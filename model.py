@@ -1143,7 +1143,7 @@ def flops_per_token(cfg, T):
             scan = 2 * (3 * C * C + 2 * C * ranks) + 9 * C * cfg.head_size
             total += scan + 2 * C * C
             if two_scans(cfg):
-                total += scan + {"add": 0, "gate": 4 * C * C, "concat": 4 * C * C}[cfg.fusion]
+                total += scan + {"gate": 4 * C * C, "concat": 4 * C * C}.get(cfg.fusion, 0)
         else:
             total += 8 * C * C + 4 * C * T * (mixer == "attention")
     return total

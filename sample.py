@@ -9,6 +9,7 @@
     ... --mode=t2l --text="To be"                   a latent from text, written to latent.npy
     ... --mode=joint                                both from nothing (stage2: z from the prior, then text)
     ... --export=FILE.pth                           the network for programs that read official RWKV-7 files
+    ... --html=denoise.html --svg=denoise.svg       a page and a picture that play the denoising
     ... --watch=1                                   shows the denoising step by step
 """
 from configurator import stoppable
@@ -17,9 +18,13 @@ if __name__ == "__main__":
     stoppable()
 import hashlib
 import itertools
+import json
 import os
+import re
 import sys
 import time
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +34,7 @@ import diffusion
 import model as nets
 import tasks
 import wkv_cuda
-from configurator import configure, one_line_errors, reading, written
+from configurator import configure, one_line_errors, reading, replace_file, written
 
 # ---- settings ----
 ckpt = "out/ckpt.pt"        # checkpoint of train.py
@@ -58,6 +63,8 @@ eta = 0.0                   # [0, 1] ddim: 0 = deterministic, 1 = as random as d
 clamp = False               # ddpm, ddim: every estimate goes to its nearest embeddings
 block_size = 0              # [0, 1e7] sampler=block: tokens of a block; 0 = as trained
 seed = 1337                 # [0, 9e18] of the draws, and of a task's rows
+html = ""                   # file for a page that plays the denoising
+svg = ""                    # file for an animated picture of it, of the first sample
 watch = False               # show each step in the terminal
 watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
@@ -86,7 +93,7 @@ class Counted:
 
 def watcher(tokenizer, mask_id):
     """Prints the first row after every step: masks dim, what the step decided green."""
-    def step(x, fresh):
+    def step(x, fresh, sure):
         line = ""
         for cell, i, new in zip(tokenizer.characters(x[0]), x[0].tolist(), fresh[0].tolist()):
             colour = NEW if new else ""
@@ -94,6 +101,114 @@ def watcher(tokenizer, mask_id):
         print("  " + line, flush=True)
         time.sleep(watch_delay)
     return step if watch else None
+
+class Recorder:
+    """What a sampler shows step by step, for the page and the picture. x, known: (B,T), lengths (B,) or None.
+    steps[i]: for each call the changes of row i, flat: place, id, how sure in percent; id -1: masked."""
+
+    def __init__(self, tokenizer, mask_id, x, known, lengths, also=None):
+        self.tokenizer, self.mask_id, self.also = tokenizer, mask_id, also
+        self.lengths = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
+        self.x = x.masked_fill(~known, mask_id).cpu()
+        self.given = (~known).long().cumsum(1).eq(0).sum(1).tolist()
+        self.first, self.sure = self.x, torch.full(x.shape, -100)
+        self.steps = [[] for _ in x]
+
+    def __call__(self, x, fresh, sure):
+        if self.also:
+            self.also(x, fresh, sure)
+        x, sure = x.cpu(), (100 * sure.cpu()).long().clamp(0, 99)
+        changed = (x != self.x) | fresh.cpu() & ((sure - self.sure).abs() >= 10)
+        for i, n in enumerate(self.lengths):
+            places = changed[i, :n].nonzero()[:, 0].tolist()
+            self.steps[i].append([z for at in places for z in (at, self.id(x[i, at]), int(sure[i, at]))])
+        self.x, self.sure = x, torch.where(changed, sure, self.sure)
+
+    def id(self, token):
+        return -1 if token == self.mask_id else int(token)
+
+    def finish(self, y, about, kind, block, state):
+        """y (B,T): what came out. Writes the files html and svg."""
+        if not torch.equal(self.x, y):             # what a sampler changed after its last step
+            self(y, torch.zeros_like(y, dtype=torch.bool), torch.ones(y.shape))
+        samples = [self.sample(i, row) for i, row in enumerate(y)]
+        told = dict(kind=kind, block=block, state=state, samples=samples)
+        if html:
+            replace_file(html, page(told, self.tokenizer, about).encode())
+        if svg:
+            replace_file(svg, picture(samples[0], self.tokenizer, kind).encode())
+        print("played in " + " and ".join(filter(None, (html, svg))))
+
+    def sample(self, i, y):
+        """Row i, which became y (T,), up to its end of text."""
+        n, eot, given = self.lengths[i], self.tokenizer.eot_id, self.given[i]
+        if eot in y[given:n].tolist():
+            n = given + y[given:n].tolist().index(eot) + 1
+        cut = lambda step: [z for at in range(0, len(step), 3) if step[at] < n for z in step[at:at + 3]]
+        text = list(map(data.visible, self.tokenizer.pieces(y[:n].tolist())))
+        return dict(ids=[self.id(z) for z in self.first[i, :n]], start=given,
+                    steps=list(map(cut, self.steps[i])), text=text)
+
+def page(told, tokenizer, about):
+    """One file without anything from elsewhere; without JavaScript it shows the final texts."""
+    ids = {z for s in told["samples"] for z in [*s["ids"], *(z for step in s["steps"] for z in step[1::3])]}
+    told["tokens"] = {i: data.visible(tokenizer.decode([i])) for i in sorted(ids) if i >= 0}
+    line = '<div class="read" hidden><div class="bar"><i></i></div><span></span></div>'
+    texts = "".join(f'<div><div class="text" id="s{i}">{escape("".join(s["text"]))}</div>{line}</div>'
+                    for i, s in enumerate(told["samples"]))
+    content = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = Path(__file__).with_name("config").joinpath("denoise.html").read_text(encoding="utf-8")
+    parts = {"TITLE": "nanoDiR: a text is denoised", "ABOUT": escape(about), "TEXTS": texts, "DATA": content}
+    return re.sub(r"\$([A-Z]+)", lambda m: parts[m[1]], template)
+
+WIDE, HIGH, COLUMNS = 8.43, 20, 72       # of a character, pixels; characters in a line
+STYLE = """text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#1c1f24;white-space:pre}.m{fill:#d0d5db}
+.p{fill:#fdfdfb}@media(prefers-color-scheme:dark){text{fill:#e6e8ea}.m{fill:#3a4048}.p{fill:#14171b}}"""
+
+def picture(sample, tokenizer, kind, frames=16, seconds=8.0, rest=3.0):
+    """An animated SVG that goes round; a program that does not animate shows the final text."""
+    steps, now, drawn, column, row = sample["steps"], list(sample["ids"]), [], 0, 0
+    n = min(frames, len(steps)) if kind == "gaussian" else len(steps)
+    keep, lives = {round((k + 1) * len(steps) / n) - 1 for k in range(n)}, [[(0.0, i)] for i in now]
+    for k, step in enumerate(steps):
+        for place, token in zip(step[::3], step[1::3]):
+            now[place] = token
+        for life, token in zip(lives, now) if k in keep else ():
+            if life[-1][1] != token:
+                life.append(((k + 1) / len(steps) * seconds, token))
+    for text, life in zip(sample["text"], lives):
+        width = max(1, len(text.rstrip("\n")))
+        if column + width > COLUMNS:
+            column, row = 0, row + 1
+        drawn += cell(tokenizer, text, life, 12 + column * WIDE, 14 + row * HIGH, width)
+        column += width
+        if text.endswith("\n"):
+            column, row = 0, row + 1
+    size = f'{24 + COLUMNS * WIDE:.0f} {28 + (row + 1) * HIGH}'
+    clock = f'<animate id="l" attributeName="opacity" values="0;0" dur="{seconds + rest}s" begin="0s;l.end"/>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>'
+            f'<rect class="p" width="100%" height="100%" rx="8"/>'
+            f'<rect width="1" height="1" opacity="0">{clock}</rect>{"".join(drawn)}</svg>')
+
+def cell(tokenizer, text, life, x, y, width):
+    """A token that ends as `text`; life: [(second, id that it is from then on)] -> parts of the picture."""
+    during = '<set attributeName="{}" to="{}" begin="l.begin+{:.2f}s" dur="{:.2f}s"/>'.format
+    place, found = f'visibility="hidden" x="{x:.1f}" y="{y}"', []
+    for (begin, token), (end, _) in zip(life, life[1:]):
+        shows = during("visibility", "visible", begin, end - begin)
+        if token < 0:
+            size = f'width="{width * WIDE - 1.5:.1f}" height="16" rx="2"'
+            found.append(f'<rect class="m" {place} {size}>{shows}</rect>')
+        else:
+            was = escape(data.visible(tokenizer.decode([token]))[:width])
+            found.append(f'<text {place} dy="13">{was}{shows}</text>')
+    if text.strip():
+        last = life[-1][0]
+        hidden = ""
+        if last:
+            hidden = during("visibility", "hidden", 0, last) + during("fill", "#0a7f3f", last, 0.8)
+        found.append(f'<text x="{x:.1f}" y="{y}" dy="13">{escape(text.strip(chr(10)))}{hidden}</text>')
+    return found
 
 def paint(text, colour):
     return colour + text + OFF if colour and sys.stdout.isatty() else text
@@ -154,6 +269,9 @@ def fill(model, objective, tokenizer, x, lengths, known):
     options = dict(sampler=name, steps=steps, threshold=threshold, temperature=temperature, top_k=top_k,
                    top_p=top_p, guidance=guidance, eta=eta, clamp=clamp, block_size=block_size,
                    eot=tokenizer.eot_id, lengths=lengths, watch=watcher(tokenizer, model.mask_id))
+    if html or svg:
+        recorder = Recorder(tokenizer, model.mask_id, x, known, lengths, options["watch"])
+        options["watch"] = recorder
     if save_state and not state and not known[:, 0].all():
         raise ValueError(f"save_state={save_state} is for the state after a prompt: give --prompt or --chat")
     if state or save_state:
@@ -168,6 +286,11 @@ def fill(model, objective, tokenizer, x, lengths, known):
     carried = f", from a state of {counted.carried:,} bytes per row" if counted.carried else ""
     print(f"{n} tokens in {counted.calls} denoiser calls, {n / max(1, counted.calls):.1f} per call, "
           f"{n / taken:.0f} tokens/s ({name}{carried})")
+    if html or svg:
+        about = f"{n} tokens in {counted.calls} denoiser calls, {name}, by {ckpt}"
+        size = (block_size or model.cfg.block_size) * (name == "block")
+        kind = "gaussian" if name in diffusion.GAUSSIAN_STEPS else name
+        recorder.finish(y.cpu(), about, kind, size, counted.carried)
     return y.cpu()
 
 def weights_digest(model):
@@ -323,8 +446,8 @@ def main(cfg):
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")
     trained = settings_of(saved["config"])
     if sum(map(bool, (text, prompt or suffix, prompt_file, chat))) > 1:
-        raise ValueError("give --prompt (with --suffix), --prompt_file, --chat or --text: --text may "
-                         "hold a prompt before its holes")
+        raise ValueError("give --prompt (with --suffix), --prompt_file, --chat or --text, not several: "
+                         "--text may hold a prompt before its holes")
     prompts, T = lines_of(prompt_file) if prompt_file else [prompt], trained["seq_len"]
     if chat:
         prompts = ["\n\n" * bool(state) + data.question(chat)]

@@ -144,19 +144,19 @@ def recurrence(limits, device):
           "{ms:.3f} | {bytes_per_s:.0G} | {bytes_per_s_share:.1%} | {flops:.2T} | {flops_share:.1%}", found)
     return found
 
-def training_step(cfg, batch, T, device):
+def training_step(cfg, batch, T, device, recompute):
     """(milliseconds, bytes of memory) of a step: masked tokens, AdamW, bfloat16 products, torch.compile."""
     with torch.device(device):
         net = nets.Denoiser(cfg)
         x, masked = torch.randint(cfg.vocab_size, (batch, T)), torch.rand(batch, T) < 0.5
     torch.compiler.reset()                 # what has been compiled for other networks counts towards a limit
     nets.compile_blocks(net)
+    net.recompute = recompute
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
     def step():
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = net(diffusion.mask_tokens(x, masked, net.mask_id)).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
+            net(diffusion.mask_tokens(x, masked, net.mask_id), targets=x).nats.mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     step()
@@ -171,11 +171,12 @@ def training(size, T, limits, device):
     two_way = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True,
                                direction="bidirectional")
     causal, attention, found = replace(two_way, direction="causal"), attention_baseline(two_way), {}
-    for name, cfg in {"causal": causal, "bidirectional": two_way, BASELINE: attention}.items():
+    networks = {"causal": causal, "causal, recompute": causal, "bidirectional": two_way, BASELINE: attention}
+    for name, cfg in networks.items():
         torch.accelerator.empty_cache()
         started = time.perf_counter()
         try:
-            ms, memory = training_step(cfg, tokens // T, T, device)
+            ms, memory = training_step(cfg, tokens // T, T, device, "recompute" in name)
         except torch.OutOfMemoryError:
             print(f"  {size} {name}: {tokens // T} x {T} tokens do not fit this GPU", flush=True)
             continue

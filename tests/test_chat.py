@@ -72,6 +72,16 @@ def test_a_bad_line_is_named(tmp_path, run, line, words):
     assert "\n" not in str(e.value) and "give lines such as" in str(e.value)
 
 
+def test_the_first_line_tells_what_a_file_is(tmp_path):
+    cases = {'{"id": 1, "prompt": "a", "response": "b"}': True, '{"text": "prompt"}': False, '{"messages": []}': True, "": False}
+    for line, want in cases.items():
+        (tmp_path / "d.jsonl").write_text(f"\n{line}\n")
+        assert data.has_turns(str(tmp_path / "d.jsonl")) == want
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(ValueError, match="d.jsonl, line 2 .*it is a dialogue, but the first line is a text"):
+        data.read_text(str(tmp_path / "d.jsonl"))
+
+
 def test_errors_of_a_run_are_one_line(tmp_path, run):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     for options, words in ((["--tokenizer=byte"], "tokenizer=byte has no end of text"), (["--objective=gaussian"], "objective=gaussian is not for data_path=d.jsonl")):
