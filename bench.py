@@ -16,6 +16,8 @@
     python bench.py --suite=official    tokens per second one by one, beside the rwkv package; bf16 and int8
     python bench.py --suite=convert     an autoregressive network made a block-diffusion one, or from scratch
     python bench.py --suite=score       log-likelihoods of continuations: --ckpt and --data_path=PAIRS.jsonl
+    python bench.py --suite=presets     what each preset costs and reaches, and its curves
+    python bench.py --suite=curves out*/log.jsonl      logs side by side: is my loss normal?
     python bench.py --suite=gpu         kernels against float64, speed and its limits, training, generation
 
 A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
@@ -208,6 +210,9 @@ def table(title, head, cells, rows):
 def table_of_ms(title, ms, form="{ms:.1f}"):
     table(title, "network | ms", form, {name: {"ms": value} for name, value in ms.items()})
 
+STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "axes.spines.top": False,
+         "axes.spines.right": False, "figure.dpi": 100, "legend.frameon": False}       # legible on a phone
+
 def pyplot():
     """matplotlib's module for pictures in files, None if it is not there."""
     try:
@@ -215,6 +220,7 @@ def pyplot():
     except ImportError:
         return print("  (pip install matplotlib for the pictures)")
     matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
     return importlib.import_module("matplotlib.pyplot")
 
 def save_figure(name, figure):
@@ -317,7 +323,9 @@ def from_file(name):
 SUITES = {name: lambda name=name: from_file(name).suite()
           for name in ("wkv", "step", "published", "tasks", "flops", "ablation", "text", "generate",
                        "gaussian", "latent", "direction", "study", "dashboard", "official", "convert",
-                       "score", "gpu")}
+                       "score", "presets", "curves", "gpu")}
+
+LOGS = []           # curves: those named on the command line
 
 def main():
     if threads:
@@ -327,5 +335,7 @@ def main():
 
 if __name__ == "__main__":
     with one_line_errors():
-        configure(globals(), show=False, families=(), choices=dict(suite=SUITES))
+        LOGS = [word for word in sys.argv[1:] if word.endswith(".jsonl") and not word.startswith("-")]
+        words = [word for word in sys.argv[1:] if word not in LOGS]
+        configure(globals(), argv=words, show=False, families=(), choices=dict(suite=SUITES))
         main()

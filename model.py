@@ -1557,6 +1557,16 @@ def product_flops(device, dtype):
         seconds.append(time.perf_counter() - begun)
     return 2 * n**3 / min(seconds)
 
+def peak_memory(device):
+    """Bytes that this process has taken at most: of the GPU, else of the machine; 0 where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return 0
+
 def fast_bf16(device):
     """Does this device multiply bf16 matrices natively?"""
     if device.type == "cuda":

@@ -522,7 +522,7 @@ def add_gradients(cfg, trained, learner, parts, total, step, device, world):
 
 @dataclasses.dataclass
 class Run:
-    """What the functions of a run share. Once it is set up, only saved_at changes."""
+    """What the functions of a run share. Once it is set up, only saved_at and reached change."""
     cfg: object
     lead: bool                             # is this the first process, which writes?
     device: torch.device
@@ -539,6 +539,7 @@ class Run:
     start: int
     log: Log
     saved_at: object = None                # the last checkpoint's step
+    reached: str = ""                      # what the last evaluation says in short
 
     def way_back(self):
         """What to do when numbers are not finite any more."""
@@ -573,6 +574,9 @@ def report(run, step):
         raise ValueError(f"the evaluation at step {step} gave val_loss={metrics['val_loss']}: "
                          f"{run.way_back()}")
     run.log.write(event="eval", step=step, **metrics)
+    ends = ("_acc", "bits_per_char", "loss")
+    told = next((key for end in ends for key in metrics if key.endswith(end)), "")
+    run.reached = f", {told.replace('_', ' ')} {metrics.get(told, math.nan):.3f}"
     line = []
     for key, value in metrics.items():
         level = re.search(r"_(\d\.\d)$", key)
@@ -639,7 +643,7 @@ def header(cfg, model, optimizers, device):
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"event": "start", "parameters": sum(n for n, _ in sizes),
             "active": sum(n for n, learns in sizes if learns), "git": commit(),
-            "training_bytes": training_bytes(model, optimizers),
+            "training_bytes": training_bytes(model, optimizers), "vocab_size": model.cfg.vocab_size,
             "torch": torch.__version__, "numpy": np.__version__,
             "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(),
             "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type),
@@ -655,6 +659,17 @@ def commit():
     return "none"
 
 # ---- the run ----
+
+def introduce(cfg):
+    """What is going on, for somebody who set nothing."""
+    if any(map(cfg.given, cfg.keys)):
+        return
+    print0("nothing is set, so this learns to fill gaps in Python's own source, byte by byte: masked "
+           "diffusion, about 5 minutes\non 2 cores. Ctrl-C stops it and keeps what is learned. Then try\n"
+           "  python sample.py --prompt='def ' --html=denoise.html      samples, and a page that plays them\n"
+           "  STRUCT_TASK=1 DW_JRT=1 python train.py                    a puzzle instead, in 1 minute\n"
+           "  DATA_PATH=FILE python train.py config/shakespeare.py      a text of yours\n"
+           "  python train.py --help                                    everything that can be set")
 
 def parallel(run):
     """The learner as the steps call it: over several processes by DistributedDataParallel, unless sharded."""
@@ -768,6 +783,7 @@ def main(cfg):
         return print0(f"the run in {cfg.out_dir}/ckpt.pt is at step {saved['step']} already, "
                       f"max_iters={cfg.max_iters}: nothing to do; to train it further give a larger "
                       "--max_iters")
+    introduce(cfg)
     run = set_up(cfg, saved, resumed, rank, world, device)
     if not cfg.train:
         report(run, saved.get("step", 0))
@@ -833,11 +849,13 @@ def main(cfg):
             seconds, extra = time.perf_counter() - clock, objective.describe(step)
             extra |= {f"loss_{name}": term for name, term in zip(objective.terms, terms.view(-1).tolist())}
             ms = seconds / (step + 1 - since) * 1e3
-            run.log.write(event="train", step=step, loss=loss, **extra, active=active,
-                          lr=run.groups()[-1]["lr"], grad_norm=gather(norm).item(), ms_per_step=ms,
-                          tokens_per_s=positions / seconds, mfu=flops * positions / seconds / peak)
+            row = dict(loss=loss, **extra, active=active, lr=run.groups()[-1]["lr"],
+                       grad_norm=gather(norm).item(), ms_per_step=ms, tokens_per_s=positions / seconds,
+                       mfu=flops * positions / seconds / peak, memory_bytes=nets.peak_memory(device))
+            run.log.write(event="train", step=step, **row)
             clock, since, positions = time.perf_counter(), step + 1, 0
-            bar.set_postfix_str(f"loss {loss:.3f}, {ms:.0f} ms/step", refresh=False)
+            shown = f"loss {loss:.3f}{run.reached}, {row['tokens_per_s']:,.0f} tokens/s"
+            bar.set_postfix_str(shown, refresh=False)
         if ending:
             break
     bar.close()
