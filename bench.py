@@ -210,8 +210,8 @@ def table(title, head, cells, rows):
 def table_of_ms(title, ms, form="{ms:.1f}"):
     table(title, "network | ms", form, {name: {"ms": value} for name, value in ms.items()})
 
-STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "axes.spines.top": False,
-         "axes.spines.right": False, "figure.dpi": 100, "legend.frameon": False}       # legible on a phone
+STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2,       # legible on a phone
+         "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "legend.frameon": False}
 
 def pyplot():
     """matplotlib's module for pictures in files, None if it is not there."""
@@ -236,7 +236,7 @@ def plot(name, title, curves):
     for i, (label, (steps, values)) in enumerate(curves.items()):
         ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
     ax.set(title=title, xlabel="step")
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=10, ncols=2)
     save_figure(name, figure)
 
 # ---- quality ----

@@ -53,14 +53,13 @@ def drawn(mine, known):
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(8, 9), layout="constrained")
     for key, ax in zip(("loss", "evals"), axes):
         for name, run in known.items():
             ax.plot(*zip(*run[key]), "--", color="0.6", label=f"preset {name}")
         for name, run in mine.items():
             ax.plot(*zip(*run[key]), label=name)
         ax.set(title=dict(loss="training loss", evals="evaluation")[key], xlabel="step")
-        ax.grid(alpha=0.3)
     axes[1].set_ylabel(", ".join({run["reached"].replace("_", " ") for run in mine.values()}))
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=10)
     save_figure("curves", figure)

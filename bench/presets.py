@@ -57,4 +57,5 @@ def shown(found):
             for name, run in found.items()}
     table("presets",
           "python train.py | parameters | steps | minutes | MiB | loss at step 0 | ln V | reaches",
-          "{parameters:.2M} | {steps} | {minutes:.1f} | {MiB:.0f} | {first:.2f} | {lnV:.2f} | {reached}", rows)
+          "{parameters:.2M} | {steps} | {minutes:.1f} | {MiB:.0f} | {first:.2f} | {lnV:.2f} | {reached}",
+          rows)
