@@ -210,7 +210,7 @@ def table(title, head, cells, rows):
 def table_of_ms(title, ms, form="{ms:.1f}"):
     table(title, "network | ms", form, {name: {"ms": value} for name, value in ms.items()})
 
-STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2,       # legible on a phone
+STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2,    # legible on a phone
          "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "legend.frameon": False}
 
 def pyplot():
