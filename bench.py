@@ -224,6 +224,7 @@ def pyplot():
     return importlib.import_module("matplotlib.pyplot")
 
 def save_figure(name, figure):
+    os.makedirs(out, exist_ok=True)
     figure.savefig(path := where(name).removesuffix("json") + "png", dpi=100)
     print(f"  picture: {path}")
 

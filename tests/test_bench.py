@@ -9,6 +9,7 @@ import torch
 
 import bench
 import wkv_cuda
+from conftest import ok
 from model import ModelConfig
 
 SMALL = ModelConfig(n_layer=3, n_embd=64, head_size=32, vocab_size=50, block_size=16)
@@ -135,3 +136,21 @@ def test_official_kernels_are_called_as_they_are_declared(tmp_path, monkeypatch)
         dy = torch.randn_like(y)
         for found, wanted in zip(torch.autograd.grad(f(*x), x, dy), torch.autograd.grad(want, x, dy.float())):
             assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_logs_are_set_beside_those_of_presets(tmp_path, run, monkeypatch):
+    """By hand: a log of two steps, a preset that learns the same and one that learns another thing."""
+    start = dict(event="start", vocab_size=10, config=dict(objective="", struct_task=True, tokenizer="byte"))
+    train = [dict(event="train", step=step, loss=loss, ms_per_step=60.0, memory_bytes=2**20) for step, loss in ((0, 2.25), (99, 1.5))]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (start, *train, dict(event="eval", step=100, struct_acc=0.75))))
+    found = bench.from_file("presets").curves("", str(tmp_path / "mine"))
+    assert found["loss"] == [[0, 2.25], [99, 1.5]] and found["evals"] == [[100, 0.75]] and found["reached"] == "struct_acc"
+    assert found["minutes"] == pytest.approx(100 * 60 / 60e3) and found["kind"] == "default, struct_task" and found["steps"] == 100
+    curves = bench.from_file("curves")
+    assert curves.at(found["loss"], 100) == 1.5 and curves.at(found["loss"], 50) is None
+    said = ok(run("bench.py", "--suite=curves", "mine/log.jsonl", "--out=there"))
+    assert "mine" in said and "2.30" in said and "1.50" in said and "struct acc 0.750" in said                # ln 10
+    for words, options in (("no log: give some", []), ("is not a log of train.py", ["none/log.jsonl"])):
+        done = run("bench.py", "--suite=curves", *options)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -241,3 +241,18 @@ def test_help_lists_every_key(run):
     shown = ok(run("train.py", "--help"))
     for key in ("--dw_jrt_scale", "--struct_len", "--add_mask_len", "--muon_lr", "--kvsort_n_max", "--schedule"):
         assert key in shown
+
+
+def test_a_first_run_says_what_it_does_and_what_next(tmp_path, run):
+    """And the bar shows what the last evaluation said. Where anything is set, nothing is explained."""
+    code = ("import runpy, sys, train as t\nsys.argv = ['train.py']\n"
+            "t.set_up = lambda cfg, *more: (_ for _ in ()).throw(ValueError('far enough'))\n"
+            "from configurator import configure\nimport diffusion, model, tasks\n"
+            "cfg = configure(vars(t), model.ModelConfig, diffusion.DiffusionConfig, tasks.settings(), argv=sys.argv[1:] + ARGV, adjust=t.defaults_for)\n"
+            "t.introduce(cfg)\n")
+    said = ok(run("ARGV = []\n" + code))
+    assert "nothing is set, so this learns to fill gaps" in said and "python sample.py --prompt='def ' --html=denoise.html" in said
+    assert "nothing is set" not in ok(run("ARGV = ['--max_iters=3']\n" + code))
+    done = run("train.py", "--struct_task=1", "--max_iters=3", "--log_interval=1", "--struct_eval_n=5", "--wkv_impl=torch")
+    ok(done)
+    assert "struct acc 0." in done.stderr and "tokens/s" in done.stderr
