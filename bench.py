@@ -168,16 +168,7 @@ def earlier(suite):
     if quick or not os.path.exists(where(suite)):
         return {}
     with open(where(suite)) as f:
-        found = json.load(f)
-    runs = next(found[key] for key in ("runs", "rows", "acc") if key in found)      # rows, acc: older files
-    if isinstance(runs, dict):
-        return runs
-    seeds = {}
-    for row in runs:
-        for seed, (acc, exact) in enumerate(zip(row["acc"], row["exact"]), 1337):
-            name = f"{row['task']}, {row['steps']} steps, {row['options'][0][2:]}, seed {seed}"
-            seeds[name] = {"acc": acc, "exact": exact}
-    return seeds
+        return json.load(f)["runs"]
 
 def spread(values, digits=4):
     """Mean and standard deviation as text."""
