@@ -64,7 +64,7 @@ clamp = False               # ddpm, ddim: every estimate goes to its nearest emb
 block_size = 0              # [0, 1e7] sampler=block: tokens of a block; 0 = as trained
 seed = 1337                 # [0, 9e18] of the draws, and of a task's rows
 html = ""                   # file for a page that plays the denoising
-svg = ""                    # file for an animated picture of it, of the first sample
+svg = ""                    # file for an animated picture of it, of the first four samples
 watch = False               # show each step in the terminal
 watch_delay = 0.1           # [0, 60] seconds a step stays on the screen
 device = "auto"             # auto | cpu | cuda | mps
@@ -136,7 +136,7 @@ class Recorder:
         if html:
             replace_file(html, page(told, self.tokenizer, about).encode())
         if svg:
-            replace_file(svg, picture(samples[0], self.tokenizer, kind).encode())
+            replace_file(svg, picture(samples[:4], self.tokenizer, kind).encode())
         print("played in " + " and ".join(filter(None, (html, svg))))
 
     def sample(self, i, y):
@@ -165,30 +165,38 @@ WIDE, HIGH, COLUMNS = 8.43, 20, 72       # of a character, pixels; characters in
 STYLE = """text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#1c1f24;white-space:pre}.m{fill:#d0d5db}
 .p{fill:#fdfdfb}@media(prefers-color-scheme:dark){text{fill:#e6e8ea}.m{fill:#3a4048}.p{fill:#14171b}}"""
 
-def picture(sample, tokenizer, kind, frames=16, seconds=8.0, rest=3.0):
-    """An animated SVG that goes round; a program that does not animate shows the final text."""
-    steps, now, drawn, column, row = sample["steps"], list(sample["ids"]), [], 0, 0
-    n = min(frames, len(steps)) if kind == "gaussian" else len(steps)
-    keep, lives = {round((k + 1) * len(steps) / n) - 1 for k in range(n)}, [[(0.0, i)] for i in now]
-    for k, step in enumerate(steps):
-        for place, token in zip(step[::3], step[1::3]):
-            now[place] = token
-        for life, token in zip(lives, now) if k in keep else ():
-            if life[-1][1] != token:
-                life.append(((k + 1) / len(steps) * seconds, token))
-    for text, life in zip(sample["text"], lives):
-        width = max(1, len(text.rstrip("\n")))
-        if column + width > COLUMNS:
-            column, row = 0, row + 1
-        drawn += cell(tokenizer, text, life, 12 + column * WIDE, 14 + row * HIGH, width)
-        column += width
-        if text.endswith("\n"):
-            column, row = 0, row + 1
-    size = f'{24 + COLUMNS * WIDE:.0f} {28 + (row + 1) * HIGH}'
+def picture(samples, tokenizer, kind, seconds=8.0, rest=3.0):
+    """An animated SVG that goes round; a program that does not animate shows the final texts."""
+    drawn, row = [], 0
+    for sample in samples:
+        column = 0
+        for text, life in zip(sample["text"], lives(sample, 16 if kind == "gaussian" else 10**6, seconds)):
+            width = max(1, len(text.rstrip("\n")))
+            if column + width > COLUMNS:
+                column, row = 0, row + 1
+            drawn += cell(tokenizer, text, life, 12 + column * WIDE, 14 + row * HIGH, width)
+            column += width
+            if text.endswith("\n"):
+                column, row = 0, row + 1
+        row += 1.5
+    size = f'{24 + COLUMNS * WIDE:.0f} {18 + row * HIGH:.0f}'
     clock = f'<animate id="l" attributeName="opacity" values="0;0" dur="{seconds + rest}s" begin="0s;l.end"/>'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>'
             f'<rect class="p" width="100%" height="100%" rx="8"/>'
             f'<rect width="1" height="1" opacity="0">{clock}</rect>{"".join(drawn)}</svg>')
+
+def lives(sample, frames, seconds):
+    """What each token of a sample is: [(second, id that it is from then on)], in so many frames at most."""
+    steps, now = sample["steps"], list(sample["ids"])
+    n, found = min(frames, len(steps)), [[(0.0, i)] for i in now]
+    keep = {round((k + 1) * len(steps) / n) - 1 for k in range(n)}
+    for k, step in enumerate(steps):
+        for place, token in zip(step[::3], step[1::3]):
+            now[place] = token
+        for life, token in zip(found, now) if k in keep else ():
+            if life[-1][1] != token:
+                life.append(((k + 1) / len(steps) * seconds, token))
+    return found
 
 def cell(tokenizer, text, life, x, y, width):
     """A token that ends as `text`; life: [(second, id that it is from then on)] -> parts of the picture."""
