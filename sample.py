@@ -165,9 +165,9 @@ WIDE, HIGH, COLUMNS = 8.43, 20, 72       # of a character, pixels; characters in
 STYLE = """text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#1c1f24;white-space:pre}.m{fill:#d0d5db}
 .p{fill:#fdfdfb}@media(prefers-color-scheme:dark){text{fill:#e6e8ea}.m{fill:#3a4048}.p{fill:#14171b}}"""
 
-def picture(samples, tokenizer, kind, seconds=8.0, rest=3.0):
+def picture(samples, tokenizer, kind, rest=3.0):
     """An animated SVG that goes round; a program that does not animate shows the final texts."""
-    drawn, row = [], 0
+    seconds, drawn, row = min(8.0, max(len(s["steps"]) for s in samples)), [], 0
     for sample in samples:
         column = 0
         for text, life in zip(sample["text"], lives(sample, 16 if kind == "gaussian" else 10**6, seconds)):
