@@ -29,7 +29,6 @@ if __name__ == "__main__":
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import importlib.util
 import itertools
 import json
@@ -219,18 +218,6 @@ def save_figure(name, figure):
     figure.savefig(path := where(name).removesuffix("json") + "png", dpi=100)
     print(f"  picture: {path}")
 
-def plot(name, title, curves):
-    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (label, (steps, values)) in enumerate(curves.items()):
-        ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
-    ax.set(title=title, xlabel="step")
-    ax.legend(fontsize=10, ncols=2)
-    save_figure(name, figure)
-
 # ---- quality ----
 
 BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
@@ -273,17 +260,6 @@ def training_ms(runs, skip):
             train(run.options, folder, run.env)
             spent[name] += step_ms(folder)[skip:]
     return {name: statistics.median(values) for name, values in spent.items()}
-
-def recurrence_inputs(B, T, H, N, dtype=torch.float32, device="cpu"):
-    """r, w, k, v, a, b as a network gives them to wkv7."""
-    options = dict(generator=torch.Generator(device).manual_seed(0), device=device)
-    normal, uniform = (functools.partial(f, B, T, H, N, **options) for f in (torch.randn, torch.rand))
-    kk = torch.nn.functional.normalize(normal(), dim=-1)
-    x = normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform()
-    return [z.to(dtype).requires_grad_() for z in x]
-
-def outputs(y):
-    return tuple(y) if isinstance(y, (list, tuple)) else (y,)
 
 def parameters(cfg):
     with torch.device("meta"):

@@ -10,7 +10,7 @@ import data
 import diffusion
 import model as nets
 from bench import (BASELINE, Run, alternated, attention_baseline, bigram_kl, chosen, directions,
-                   plot, quality, read_log, reopened, step_ms, table, table_of_ms)
+                   pyplot, quality, read_log, reopened, save_figure, step_ms, table, table_of_ms)
 
 @torch.no_grad()
 def sampled(folder, rows, length, sampler, steps, **options):
@@ -113,3 +113,15 @@ def denoising_ms():
         diffusion.SAMPLERS["ddim"](net, x, x != 256, 256, torch.Generator().manual_seed(0), **options)
     jobs = {name: functools.partial(job, nets.Denoiser(cfg).eval()) for name, cfg in configs.items()}
     return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
+
+def plot(name, title, curves):
+    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (label, (steps, values)) in enumerate(curves.items()):
+        ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
+    ax.set(title=title, xlabel="step")
+    ax.legend(fontsize=10, ncols=2)
+    save_figure(name, figure)

@@ -15,13 +15,15 @@ import bench
 import diffusion
 import model as nets
 import wkv_cuda
-from bench import (BASELINE, attention_baseline, chosen, flops_per_token, from_file, outputs, parameters,
-                   recurrence_inputs, table, where, write)
+from bench import (BASELINE, attention_baseline, chosen, flops_per_token, from_file, parameters, table, where,
+                   write)
+
+wkv = from_file("wkv")
 
 def relative_errors(f, reference, names, x):
     """Of outputs and gradients of f against the reference in float64 on the same, perhaps rounded, inputs."""
     exact = [z.detach().double().requires_grad_() for z in x]
-    y, wanted = outputs(f(*x)), outputs(reference(*exact))
+    y, wanted = wkv.outputs(f(*x)), wkv.outputs(reference(*exact))
     g = torch.Generator(x[0].device).manual_seed(1)
     grads = [torch.randn(z.shape, generator=g, device=z.device).to(z.dtype) for z in y]
     found = [*y, *torch.autograd.grad(y, x, grads)]
@@ -33,7 +35,7 @@ def parity(limits, device):
     found, T, normal = {}, 50 if bench.quick else 200, functools.partial(torch.randn, device=device)
     dtypes = torch.float32, torch.bfloat16
     for dtype, N, every in itertools.product(dtypes, wkv_cuda.HEAD_SIZES, (None, 5, 16)):
-        x = recurrence_inputs(2, T + 1, 3, N, dtype, device)
+        x = wkv.recurrence_inputs(2, T + 1, 3, N, dtype, device)
         s0, c = 0.3 * normal(2, 3, N, N), (0.3 * normal(x[0].shape)).to(dtype)
         x += [s0.requires_grad_(), c.requires_grad_()]
         ops = (functools.partial(op, every=every) for op in (wkv_cuda.wkv7, wkv_cuda.wkv7_loop))
@@ -127,7 +129,7 @@ def recurrence(limits, device):
     B, H, N = (1, 2, 64) if bench.quick else (8, 32, 64)
     impls, found = recurrences(device), {}
     for T in (64, 128) if bench.quick else (512, 1024, 2048, 4096, 8192, 16384):
-        x = recurrence_inputs(B, T, H, N, torch.bfloat16, device)
+        x = wkv.recurrence_inputs(B, T, H, N, torch.bfloat16, device)
         dy, size = torch.randn_like(x[0]), x[0].numel()
         kept = 4 + 4 * N / 16                  # bytes per element of the output
         for name, f in impls.items():

@@ -14,7 +14,18 @@ import torch
 
 import bench
 import wkv_cuda
-from bench import alternated, outputs, recurrence_inputs, table
+from bench import alternated, table
+
+def recurrence_inputs(B, T, H, N, dtype=torch.float32, device="cpu"):
+    """r, w, k, v, a, b as a network gives them to wkv7."""
+    options = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+    normal, uniform = (functools.partial(f, B, T, H, N, **options) for f in (torch.randn, torch.rand))
+    kk = torch.nn.functional.normalize(normal(), dim=-1)
+    x = normal(), -0.6 * uniform(), 0.3 * normal(), normal(), -kk, kk * uniform()
+    return [z.to(dtype).requires_grad_() for z in x]
+
+def outputs(y):
+    return tuple(y) if isinstance(y, (list, tuple)) else (y,)
 
 def processor():
     """The processor, floats in one of its vectors, and its measured peak with the threads at hand, FLOP/s in

@@ -129,7 +129,7 @@ def test_official_kernels_are_called_as_they_are_declared(tmp_path, monkeypatch)
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     for name in ("rwkv7_clampw.cu", "rwkv7_clampw.cpp", "rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp"):
         (folder / name).touch()
-    x = bench.recurrence_inputs(2, 32, 3, 64, torch.bfloat16, "cpu")
+    x = bench.from_file("wkv").recurrence_inputs(2, 32, 3, 64, torch.bfloat16, "cpu")
     for f in bench.from_file("gpu").official_kernels(str(tmp_path)).values():
         y, want = f(*x), official(*(z.float() for z in x))
         assert torch.allclose(y.float(), want, rtol=2e-2, atol=2e-2)
