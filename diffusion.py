@@ -767,6 +767,7 @@ class Estimate(NamedTuple):
     vector: Optional[Tensor]   # (B,T,C), the prediction itself; None for diffusion_mode=tokens
     a: Tensor             # its amplitudes
     s: Tensor
+    guess: Tensor         # (B,T,C), what a second pass may know
 
 def estimate(net, x_t, t, table, cfg, **options):
     """x_t (B,T,C) at levels t (B,T) -> an Estimate.
@@ -774,6 +775,7 @@ def estimate(net, x_t, t, table, cfg, **options):
     The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is
     known (as EDM's c_in, arXiv 2206.00364, section 5). With token_evidence it gets the best guess of all from
     x_t alone, and log p(x_t | token), up to a constant, is added to its logits: it learns what context tells.
+    With noise_spread, too, a token between noise and text is seen by none but its own evidence.
     """
     a, s = amplitudes(t, cfg)
     x_in, evidence = a * x_t, 0.0
@@ -781,22 +783,27 @@ def estimate(net, x_t, t, table, cfg, **options):
         with torch.autocast(x_t.device.type, enabled=False):
             evidence = a / s.square().clamp_min(1e-6) * (x_t @ table.T)        # embeddings have one length
             x_in = evidence.softmax(-1) @ table
+        flying = (t > 1.01 * LEAST) & (cfg.noise_spread > 0)
+        x_in, t = torch.where(flying.unsqueeze(-1), table.mean(0), x_in), t.masked_fill(flying, 1.0)
     out = net(x_in, t=t, **options)
     if not MODES[cfg.diffusion_mode][0]:
-        logits = out.logits.float() + evidence
+        context, logits = out.logits.float(), out.logits.float() + evidence
         with torch.autocast(logits.device.type, enabled=False):
-            return Estimate(logits.softmax(-1) @ table, logits, None, a, s)
+            x0 = guess = logits.softmax(-1) @ table
+            if cfg.noise_spread:
+                guess = torch.where(flying.unsqueeze(-1), context.softmax(-1) @ table, x0)
+        return Estimate(x0, logits, None, a, s, guess)
     vector = out.vector.float()
     x0 = PREDICTIONS[cfg.prediction_type].x0(vector, x_t, a, s)
     # Where a is nearly 0 an error in eps becomes a huge one in x_0: no longer than twice an embedding.
     x0 = x0 * (2 * table.shape[1] ** 0.5 / x0.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
-    return Estimate(x0, rounding(x0, table), vector, a, s)
+    return Estimate(x0, rounding(x0, table), vector, a, s, x0)
 
 def refined(net, x_t, t, table, cfg, **options):
     """As estimate; with self_cond that of a first pass goes in, without a gradient (arXiv 2208.04202)."""
     if net.cfg.self_cond:
         with torch.no_grad():
-            options["x0_guess"] = estimate(net, x_t, t, table, cfg, **options).x0
+            options["x0_guess"] = estimate(net, x_t, t, table, cfg, **options).guess
     return estimate(net, x_t, t, table, cfg, **options)
 
 def embedded(x, t, eps, table, cfg):
@@ -1002,7 +1009,7 @@ def at_level(net, x, masked, lengths, level, table, generator, cfg, **latent):
     t = level * masked.float()
     eps = torch.randn(*x.shape, table.shape[1], generator=generator).to(x.device)
     _, x_t = embedded(x, t, eps, table, cfg)
-    x0, logits, vector, a, s = refined(net, x_t, t, table, cfg, lengths=lengths, **latent)
+    x0, logits, vector, a, s, _ = refined(net, x_t, t, table, cfg, lengths=lengths, **latent)
     token, found = logits.argmax(-1), {}
     near = F.embedding(token, table)
     if vector is not None:
@@ -1543,15 +1550,11 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
             level, after = (token_levels(q, u, cfg) for q in (t, s))
             at, as_ = (abar(q, cfg).float().unsqueeze(-1) for q in (level, after))
         levels = level.masked_fill(known, 0)
-        x0, logits, *_ = estimate(net, seen, levels, table, cfg, x0_guess=x0_guess, **options)
-        if net.cfg.self_cond:
-            x0_guess = x0
+        x0, logits, *_, x0_guess = estimate(net, seen, levels, table, cfg, x0_guess=x0_guess, **options)
         if guidance != 1:
             noised = torch.where(given, at**0.5 * clean + (1 - at) ** 0.5 * normal(clean, generator), x_t)
             blind = dict(lengths=lengths, x0_guess=free_guess)
-            free, free_logits, *_ = estimate(net, noised, level, table, cfg, **blind)
-            if net.cfg.self_cond:
-                free_guess = free
+            free, free_logits, *_, free_guess = estimate(net, noised, level, table, cfg, **blind)
             x0, logits = guide(x0, free, guidance), guide(logits, free_logits, guidance)
         if clamp:
             x0 = F.embedding(logits.argmax(-1), table)
