@@ -391,6 +391,11 @@ def read_latent(model, projection):
                          f"latent{also}")
     return torch.from_numpy(z.astype(np.float32))
 
+def recorded(model, tokenizer, rows, n):
+    """What watches the sampling of `rows` texts of n tokens."""
+    x, also = torch.full((rows, n), model.mask_id), watcher(tokenizer, model.mask_id)
+    return Recorder(tokenizer, model.mask_id, x, x != model.mask_id, None, also) if html or svg else also
+
 def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
     asked = mode or ("l2t" if latent else objective.modes[0])
@@ -414,8 +419,9 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
                          "most that")
     draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
     texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold)
-    texts["watch"] = watcher(tokenizer, model.mask_id)
     x = None
+    if asked == "t2l" and (html or svg):
+        raise ValueError("html and svg play texts, mode=t2l gives latents: leave them out")
     if asked == "t2l":
         given = [text] if text else prompts
         rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
@@ -429,16 +435,19 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         if "projection" in saved:
             projection = data.Projection(*(q.numpy() for q in saved["projection"]))
         z = read_latent(model, projection).repeat_interleave(num_samples, 0)
-        texts |= dict(sampler=rule, clamp=clamp)
+        texts |= dict(sampler=rule, clamp=clamp, watch=recorded(model, tokenizer, len(z), n))
         x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, **texts)
     else:
-        texts |= dict(lead=lead, rule=rule)
+        texts |= dict(lead=lead, rule=rule, watch=recorded(model, tokenizer, num_samples, n))
         x, z = diffusion.sample_joint(model, num_samples, n, g, diff, **texts)
     for row in [] if x is None else x.cpu().tolist():
         print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
     path, kind = out, "texts"
     if x is None:
         path, kind = out or "latent.npy", "latents"
+    if html or svg:
+        kind = "gaussian" if rule in diffusion.GAUSSIAN_STEPS else rule
+        texts["watch"].finish(x.cpu(), f"{len(z)} texts ({asked}, {rule}), by {ckpt}", kind, 0, 0)
     where = f", latents {tuple(z.shape)} in {path}" if path else ""
     print(f"{len(z)} {kind} in {time.perf_counter() - begun:.1f} s ({asked}){where}")
     if path:
@@ -449,6 +458,9 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
 def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
     nets.tune_cpu()
+    for path in filter(None, (html, svg, save_state, export)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"{path} cannot be written: there is no folder {os.path.dirname(path)}")
     device, saved = nets.open_device(cfg.device), nets.load_checkpoint(ckpt)
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")

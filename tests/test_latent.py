@@ -395,7 +395,8 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     assert f"text nats {eval_row['text_nats']:.4f}" in again
 
     sample = lambda *options: run("sample.py", "--num_samples=2", "--length=20", "--wkv_impl=torch", *options)
-    shown = ok(sample("--ckpt=whole/ckpt.pt", "--out=j.npy"))
+    shown = ok(sample("--ckpt=whole/ckpt.pt", "--out=j.npy", "--html=j.html", "--svg=j.svg"))
+    assert (tmp_path / "j.html").stat().st_size > 5000 and "played in j.html and j.svg" in shown
     assert shown.count("---") == 2 and "(joint)" in shown and np.load(tmp_path / "j.npy").shape == (2, 6)
     (tmp_path / "two.txt").write_text("the cat sat\nking and queen on the mat\n")
     assert "(2, 6) in latent.npy" in ok(sample("--ckpt=whole/ckpt.pt", "--mode=t2l", "--prompt_file=two.txt", "--steps=5", "--temperature=0"))
@@ -404,7 +405,10 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     assert np.allclose(np.load(tmp_path / "latent.npy"), one[:1], atol=1e-4)
     assert ok(sample("--ckpt=whole/ckpt.pt", "--mode=l2t", "--latent=latent.npy", "--guidance=2", "--top_k=5")).count("---") == 2
     np.save(tmp_path / "wide.npy", np.random.rand(256).astype("f4"))               # n-grams: projected with what the checkpoint keeps
-    assert "(l2t)" in ok(sample("--ckpt=whole/ckpt.pt", "--latent=wide.npy"))
+    assert "(l2t)" in ok(sample("--ckpt=whole/ckpt.pt", "--latent=wide.npy", "--html=l.html")) and (tmp_path / "l.html").exists()
+    done = sample("--ckpt=whole/ckpt.pt", "--mode=t2l", "--text=the cat", "--html=l.html")
+    assert done.returncode == 2 and "html and svg play texts, mode=t2l gives latents" in done.stderr
+    assert "there is no folder none" in sample("--ckpt=whole/ckpt.pt", "--html=none/l.html").stderr
     assert "denoiser calls" in ok(sample("--ckpt=whole/ckpt.pt", "--text=the c__ sat"))     # an infill without a latent
 
     kill_after(run, 4, "two", dict(INIT_FROM="whole/ckpt.pt", DATA_PATH=pairs, **{k: v for k, v in TINY.items() if not k.startswith(("N_", "HEAD", "LATENT"))},
