@@ -906,7 +906,9 @@ class Gaussian(Objective):
             latent = dict(latent=clean_latent(net, latents_of(few, net.cfg.latent_dim)))
         metrics, alarm = gaussian_report(net, few.x, few.maskable, few.lengths, generator, self.cfg, **latent)
         if source.kind == "text":
-            bounds, gains, levels = zip(*(self.bound(net, part, generator) for part in x.split(size)))
+            draws = 2 + round(self.cfg.noise_spread / 8)       # the fewer tokens a level is about, the more
+            found = (self.bound(net, part, generator, draws) for part in x.split(size))
+            bounds, gains, levels = zip(*found)
             metrics |= source.report(bounds) | level_fit(torch.cat(levels), torch.cat(gains))
         if not task:
             x, shown, lengths = x[:1], shown[:1], None if lengths is None else lengths[:1]

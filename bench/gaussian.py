@@ -29,7 +29,7 @@ def gaussian_runs():
     masked = "config/shakespeare.py --direction=bidirectional --ffn_shift=both --dim_ffn=592"
     whole = seeds | {"masked": f"{masked} --schedule=linear --max_iters=1400"}
     # as long as 900 steps of masked diffusion with config/shakespeare.py, in bench/text.json
-    evidence = f"{gaussian} config/gaussian_evidence.py --max_iters=750 --eval_iters=40 --eval_interval=1000"
+    evidence = f"{gaussian} config/gaussian_evidence.py --max_iters=930 --eval_iters=40 --eval_interval=1000"
     whole |= {f"evidence, seed {seed}": f"{evidence} --random_seed={seed}" for seed in (1337, 1338, 1339)}
     changes = {"mixed, x0, cosine": "",
                "mse alone": "config/gaussian_mse.py", "tokens alone": "config/gaussian_tokens.py",
