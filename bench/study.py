@@ -102,10 +102,15 @@ def suite():
     same = {(network, task): steps[task] for task in tasks_ for network in networks}
     found |= studied(all_runs("equal steps", same))
 
+    # the pace of all, in turn; the networks of all tasks have one size, and are measured on struct
+    pace = {f"{network}, {kind}, pace, seed {turn}": run_of(network, kind, 5 if few else n, 1, best[network])
+            for turn in (1, 2, 3) for kind, n in (("struct", 60), ("text", 20)) for network in networks}
+    found |= studied(pace)
+
     def ms(network, task):
-        """Of a step; all tasks have networks of one size, and their pace is that on struct."""
-        name = f"{network}, {'text' if task == 'text' else 'struct'}, equal steps, seed"
-        return statistics.median(found[f"{name} {seed}"]["ms"] for seed in seeds)
+        """Of a step."""
+        name = f"{network}, {'text' if task == 'text' else 'struct'}, pace, seed"
+        return statistics.median(found[f"{name} {turn}"]["ms"] for turn in (1, 2, 3))
     ratio = {key: ms("causal", key[1]) / ms(*key) for key in same} if "causal" in networks else {}
     timed = {key: max(2, round(steps[key[1]] * x)) for key, x in ratio.items() if abs(x - 1) > 0.1}
     found |= studied(all_runs("equal time", timed))
