@@ -222,17 +222,6 @@ def save_figure(name, figure):
 
 BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
 
-def bigram_kl(x, y):
-    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
-    to y's, for every pair of tokens that occur."""
-    V = int(max(x.max(), y.max())) + 1
-    pairs = ((z[:, :-1] * V + z[:, 1:]).flatten() for z in (x, y))
-    p, q = (torch.bincount(ids, minlength=V * V).double().view(V, V) for ids in pairs)
-    here = torch.cat([x.flatten(), y.flatten()]).unique()
-    p, q = p[here][:, here], q[here][:, here] + 0.1
-    p, q = p / p.sum(), q / q.sum()
-    return torch.xlogy(p, p / q).sum().item()
-
 def reopened(folder):
     """The network of a run, and its DiffusionConfig."""
     saved = nets.load_checkpoint(checkpoint(folder))
@@ -270,14 +259,6 @@ def attention_baseline(cfg, direction="bidirectional"):
     baseline = replace(cfg, mixer="attention", direction="bidirectional", dw_jrt=False, ffn_shift="none")
     spare = round((parameters(cfg) - parameters(baseline)) / (2 * cfg.n_embd * cfg.n_layer))
     return replace(baseline, dim_ffn=(cfg.dim_ffn or 4 * cfg.n_embd) + spare, direction=direction)
-
-def directions():
-    """Every direction at C=256, N=64, four layers, and attention of the two-way network's size."""
-    base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, direction="causal")
-    blocks = {f"block {n}": replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
-    two_way, alternate = replace(base, direction="bidirectional"), replace(base, direction="alternate")
-    return {"causal": base, **blocks, "alternate": alternate, "bidirectional": two_way,
-            BASELINE: attention_baseline(two_way)}
 
 def from_file(name):
     """The suite of bench/NAME.py, which imports what it needs of this file."""

@@ -8,7 +8,7 @@ import torch
 import bench
 import data
 import diffusion
-from bench import Run, bigram_kl, from_file, pyplot, quality, reopened, save_figure, table, trained
+from bench import Run, from_file, pyplot, quality, reopened, save_figure, table, trained
 
 latent, gaussian = from_file("latent"), from_file("gaussian")
 T, LEVELS, BLOCKS, CALLS = 128, (0.2, 0.35, 0.5, 0.65, 0.8), (32, 64, 128), (2, 4, 8, 16, 32)
@@ -42,7 +42,8 @@ class Judge:
 
     def scores(self, ids):
         """-> nats per token of texts (B,T); divergence of their bigrams; MAUVE if mauve-text is installed."""
-        found = {"nats": self.exact.bound(self.net, ids).mean().item(), "kl": bigram_kl(ids, self.held_out)}
+        nats = self.exact.bound(self.net, ids).mean().item()
+        found = {"nats": nats, "kl": gaussian.bigram_kl(ids, self.held_out)}
         try:
             import mauve
         except ImportError:

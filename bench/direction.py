@@ -1,11 +1,20 @@
 """python bench.py --suite=direction: milliseconds of one denoising step of the networks of --suite=flops."""
 import functools
+from dataclasses import replace
 
 import torch
 
 import bench
 import model as nets
-from bench import BASELINE, alternated, directions, from_file, table
+from bench import BASELINE, alternated, attention_baseline, from_file, table
+
+def directions():
+    """Every direction at C=256, N=64, four layers, and attention of the two-way network's size."""
+    base = nets.ModelConfig(n_layer=4, n_embd=256, head_size=64, vocab_size=256, direction="causal")
+    blocks = {f"block {n}": replace(base, direction="block", block_size=n) for n in (32, 64, 128)}
+    two_way, alternate = replace(base, direction="bidirectional"), replace(base, direction="alternate")
+    return {"causal": base, **blocks, "alternate": alternate, "bidirectional": two_way,
+            BASELINE: attention_baseline(two_way)}
 
 def suite():
     """In fp32, and where it is fast in bf16."""

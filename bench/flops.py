@@ -6,7 +6,7 @@ import torch
 import bench
 import model as nets
 import wkv_cuda
-from bench import directions, flops_per_token, parameters, table
+from bench import flops_per_token, from_file, parameters, table
 
 def counted_flops(cfg, T):
     """The same, counted by torch.utils.flop_counter in a pass that is really run."""
@@ -26,7 +26,7 @@ def suite():
     if reason := wkv_cuda.build("cpp"):
         raise ValueError(f"the count runs the C++ kernel: {reason}")
     found, rows, lengths = {}, {}, (512, 2048, 8192)
-    for name, cfg in directions().items():
+    for name, cfg in from_file("direction").directions().items():
         flops = {T: flops_per_token(cfg, T) for T in lengths}
         counted = lengths[:1] if bench.quick else lengths
         off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in counted)

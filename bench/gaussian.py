@@ -9,8 +9,19 @@ import bench
 import data
 import diffusion
 import model as nets
-from bench import (BASELINE, Run, alternated, attention_baseline, bigram_kl, chosen, directions,
-                   pyplot, quality, read_log, reopened, save_figure, step_ms, table, table_of_ms)
+from bench import (BASELINE, Run, alternated, attention_baseline, chosen, from_file, pyplot,
+                   quality, read_log, reopened, save_figure, step_ms, table, table_of_ms)
+
+def bigram_kl(x, y):
+    """KL divergence, nats, of the bigrams of x from those of y, both (B,T) ids; a tenth of a count is added
+    to y's, for every pair of tokens that occur."""
+    V = int(max(x.max(), y.max())) + 1
+    pairs = ((z[:, :-1] * V + z[:, 1:]).flatten() for z in (x, y))
+    p, q = (torch.bincount(ids, minlength=V * V).double().view(V, V) for ids in pairs)
+    here = torch.cat([x.flatten(), y.flatten()]).unique()
+    p, q = p[here][:, here], q[here][:, here] + 0.1
+    p, q = p / p.sum(), q / q.sum()
+    return torch.xlogy(p, p / q).sum().item()
 
 @torch.no_grad()
 def sampled(folder, rows, length, sampler, steps, **options):
@@ -103,7 +114,8 @@ def gaussian_tables(found, whole, parts, divergence):
 @torch.no_grad()
 def denoising_ms():
     """Milliseconds of one of 50 DDIM steps at 512 tokens, untrained networks of C=256, N=64, four layers."""
-    base = replace(directions()["bidirectional"], gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
+    two_way = from_file("direction").directions()["bidirectional"]
+    base = replace(two_way, gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
     biwkv, attention = replace(base, mixer="biwkv"), attention_baseline(base)
     configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, BASELINE: attention}
     options = dict(cfg=diffusion.DiffusionConfig(), steps=5 if bench.quick else 50)

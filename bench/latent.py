@@ -9,7 +9,7 @@ import bench
 import data
 import diffusion
 import model as nets
-from bench import Run, bigram_kl, checkpoint, chosen, quality, reopened, table, trained
+from bench import Run, checkpoint, chosen, quality, reopened, table, trained
 
 # of the latents of texts
 VARIANTS = {"": lambda z: z, "_shuffled": lambda z: z.roll(1, 0), "_no_latent": torch.zeros_like}
@@ -125,7 +125,8 @@ def joint_scores(net, cfg, source, x, n):
         own = torch.from_numpy(data.Projection(*source.projection)(grams))
     far = torch.cdist(own, z)
     nearer = (far.diagonal()[:, None] < far).sum(1) / (n - 1)
-    return {"joint_nearer": nearer.mean().item(), "joint_kl": bigram_kl(ids, x), "sample": texts[0]}
+    kl = bench.from_file("gaussian").bigram_kl(ids, x)
+    return {"joint_nearer": nearer.mean().item(), "joint_kl": kl, "sample": texts[0]}
 
 def decoded(source, ids):
     return list(map(source.tokenizer.decode, ids.tolist()))
