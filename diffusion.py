@@ -790,7 +790,7 @@ def estimate(net, x_t, t, table, cfg, **options):
         context, logits = out.logits.float(), out.logits.float() + evidence
         with torch.autocast(logits.device.type, enabled=False):
             x0 = guess = logits.softmax(-1) @ table
-            if cfg.noise_spread:
+            if cfg.token_evidence:
                 guess = torch.where(flying.unsqueeze(-1), context.softmax(-1) @ table, x0)
         return Estimate(x0, logits, None, a, s, guess)
     vector = out.vector.float()

@@ -325,3 +325,23 @@ def test_text_and_its_errors(run, tmp_path):
     torch.save(saved, tmp_path / "nan.pt")
     done = run("sample.py", "--ckpt=nan.pt", "--text=the c__ sat")
     assert done.returncode == 2 and "emb.weight" in done.stderr and "NaN" in done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evidence", [False, True])
+def test_tokens_on_their_way_are_seen_by_their_own_evidence_alone(evidence):
+    """With noise_spread and evidence the estimate of a token does not depend on the noise of another one that is between noise and text."""
+    net = Denoiser(ModelConfig(n_layer=1, n_embd=32, vocab_size=9, gaussian=True, time_cond="add", direction="bidirectional", tie_embeddings=True)).eval()
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    cfg = diffusion.DiffusionConfig(objective="gaussian", diffusion_mode="tokens", token_evidence=evidence, noise_spread=8.0, diffusion_steps=0)
+    x, t = torch.randint(9, (1, 6)), torch.tensor([[0.0, 0.4, 0.5, 1.0, 0.03, 0.6]])
+    found = []
+    for seed in (1, 2):
+        eps = torch.randn(1, 6, 32, generator=SEED(1))
+        eps[:, 2] = torch.randn(32, generator=SEED(seed))
+        _, x_t = diffusion.embedded(x, t, eps, net.table(), cfg)
+        found.append(diffusion.estimate(net, x_t, t, net.table(), cfg))
+    same = (found[0].logits == found[1].logits).all(-1)[0].tolist()
+    assert same == ([True, True, False, True, True, True] if evidence else [False] * 6)
+    assert torch.equal(found[0].guess, found[1].guess) == evidence
