@@ -50,7 +50,6 @@ from tqdm import tqdm
 import diffusion
 import model as nets
 from configurator import configure, one_line_errors
-from model import flops_per_token  # noqa: F401
 
 # ---- settings ----
 suite = "step"              # which table
@@ -285,6 +284,6 @@ def main():
 if __name__ == "__main__":
     with one_line_errors():
         LOGS = [word for word in sys.argv[1:] if word.endswith(".jsonl") and not word.startswith("-")]
-        words = [word for word in sys.argv[1:] if word not in LOGS]
-        configure(globals(), argv=words, show=False, families=(), choices=dict(suite=SUITES))
+        words = filter(lambda word: word not in LOGS, sys.argv[1:])
+        configure(globals(), argv=list(words), show=False, families=(), choices=dict(suite=SUITES))
         main()

@@ -72,6 +72,15 @@ class Rows(NamedTuple):
     def to(self, device):
         return self.each(lambda part: part.to(device))
 
+def drawn(size, step, B, lo, hi, seed):
+    """Which of `size` rows are lo..hi of a step's global batch of B: random numbers (hi-lo,)."""
+    return torch.randint(size, (B,), generator=generator(seed, step, 1))[lo:hi]
+
+def evenly(size, n):
+    """n of `size` rows, spread evenly, all if there are fewer: numbers."""
+    n = min(n, size)
+    return torch.arange(n) * (size - 1) // max(1, n - 1)
+
 class TextSource:
     """Text: a file in memory, a folder of `python data.py prepare`, or token files of others, data_bin and
     data_val_bin (read_bins). Rows are random windows of T tokens, any of which may be masked. tokenizer: a
@@ -94,14 +103,11 @@ class TextSource:
                              "--seq_len")
 
     def train_rows(self, step, B, lo, hi, seed):
-        start = torch.randint(len(self.train) - self.T + 1, (B,), generator=generator(seed, step, 1))[lo:hi]
-        return self.windows(self.train, start)
+        return self.windows(self.train, drawn(len(self.train) - self.T + 1, step, B, lo, hi, seed))
 
     def eval_rows(self, n, seed=None):
         """n windows spread evenly over the held-out part, each another (fewer, if it has fewer)."""
-        last = len(self.val) - self.T
-        n = min(n, last + 1)
-        return self.windows(self.val, torch.arange(n) * last // max(1, n - 1))
+        return self.windows(self.val, evenly(len(self.val) - self.T + 1, n))
 
     def windows(self, ids, start):
         x = ids[start[:, None] + torch.arange(self.T)].long()
@@ -180,13 +186,11 @@ class ChatSource(TextSource):
         return Rows(x, maskable, None if lengths.min() == x.shape[1] else lengths)
 
     def train_rows(self, step, B, lo, hi, seed):
-        index = torch.randint(len(self.train), (B,), generator=generator(seed, step, 1))[lo:hi]
-        return self.rows([self.train[i] for i in index.tolist()])
+        return self.rows([self.train[i] for i in drawn(len(self.train), step, B, lo, hi, seed).tolist()])
 
     def eval_rows(self, n, seed=None):
         """n dialogues spread evenly over the held-out part, all if it has fewer."""
-        n = min(n, len(self.val))
-        return self.rows([self.val[i * (len(self.val) - 1) // max(1, n - 1)] for i in range(n)])
+        return self.rows([self.val[i] for i in evenly(len(self.val), n).tolist()])
 
 class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, of tasks.params.
@@ -315,14 +319,11 @@ class PairSource:
         return Rows(x, maskable, None if maskable.all() else lengths, z)
 
     def train_rows(self, step, B, lo, hi, seed):
-        index = torch.randint(len(self.train.use), (B,), generator=generator(seed, step, 1))[lo:hi]
-        return self.rows(self.train, index)
+        return self.rows(self.train, drawn(len(self.train.use), step, B, lo, hi, seed))
 
     def eval_rows(self, n, seed=None):
         """n texts spread evenly over the validation split (all, if it has fewer)."""
-        size = len(self.val.use)
-        n = min(n, size)
-        return self.rows(self.val, torch.arange(n) * (size - 1) // max(1, n - 1))
+        return self.rows(self.val, evenly(len(self.val.use), n))
 
     def moments(self):
         """-> mean (D,) of the training latents that are there, and the root of their mean variance."""

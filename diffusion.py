@@ -206,6 +206,10 @@ def relabelled(metrics, label):
 
 NONE = -1       # a target that nothing is asked of
 
+def asked(x, where):
+    """The targets (B,T): x where it is asked for, NONE elsewhere."""
+    return x.masked_fill(~where, NONE)
+
 def token_nats(out, targets):
     """The cross-entropies (B,T) of targets (B,T), 0 where they are NONE, by what a network gave."""
     if getattr(out, "nats", None) is not None:
@@ -370,7 +374,7 @@ class Masked(Objective):
 
     def nats(self, net, x, masked, lengths=None, soft=True):
         """-> (B,T), the cross-entropy of each masked token, 0 for the others."""
-        targets = x.masked_fill(~masked, NONE)
+        targets = asked(x, masked)
         return token_nats(self.through(net, x, masked, lengths, soft, targets=targets), targets)
 
     def predict(self, net, x, soft=True, **options):
@@ -543,9 +547,9 @@ class Blocks(Masked):
         (B, T), n = x.shape, self.net_cfg.block_size
         noisy = mask_tokens(x, masked, self.mask_id)
         if n >= T:
-            options = dict(lengths=lengths, block_size=n, targets=targets)
-            return self.predict(net, noisy, soft, **options), None
-        clean = net(x, block_states=n, targets=following)
+            return self.predict(net, noisy, soft, lengths=lengths, block_size=n, targets=targets), None
+        unread = torch.full_like(x, NONE)                  # the pass is for its states
+        clean = net(x, block_states=n, targets=unread if following is None else following)
         rows = lambda z, fill: z if z is None else F.pad(z, (0, -T % n), value=fill).view(-1, n)
         if lengths is None and T % n:
             lengths = x.new_full((B,), T)
@@ -566,7 +570,7 @@ class Blocks(Masked):
         return learned[:, 1:].sum() * (self.cfg.next_weight > 0)
 
     def loss(self, net, batch, step=0):
-        targets, following = batch.x.masked_fill(~batch.masked, NONE), self.following(batch)
+        targets, following = asked(batch.x, batch.masked), self.following(batch)
         out, clean = self.passes(net, batch.x, batch.masked, batch.lengths, step % 2, targets, following)
         nats = (token_nats(out, targets) * batch.weight).sum()
         return torch.stack([nats, self.next_nats(net, batch, following, clean)])
@@ -575,7 +579,7 @@ class Blocks(Masked):
         """The targets (B,T) of next-token losses; None: there are none."""
         if not self.cfg.next_weight:
             return None
-        return F.pad(batch.x.masked_fill(~batch.learned, NONE)[:, 1:], (0, 1), value=NONE)
+        return F.pad(asked(batch.x, batch.learned)[:, 1:], (0, 1), value=NONE)
 
     def next_nats(self, net, batch, following, clean=None):
         """next_weight times the sum of the cross-entropies of `following` (B,T), each predicted where the
@@ -626,8 +630,8 @@ class Mixture(Blocks):
         for n in set(self.cfg.block_sizes) - {1}:
             mine = block == n
             masked[mine] = self.parts[n].mask(rows.maskable[mine], t[mine], u[mine])[0]
-        batch = Batch(rows.x, masked, torch.ones(masked.shape), rows.lengths, block=block)
-        batch = batch._replace(learned=rows.maskable)
+        more = dict(block=block, learned=rows.maskable)
+        batch = Batch(rows.x, masked, torch.ones(masked.shape), rows.lengths, **more)
         return batch, torch.stack([masked.sum(), self.followers(rows.maskable)])
 
     def loss(self, net, batch, step=0):
@@ -682,10 +686,9 @@ class B3D(Blocks):
         second = lambda z: z.unflatten(1, stream.shape[1:])[:, :, 1].flatten(1, 2)[:, :T]
         if targets is None:
             return Predicted(second(net(stream.flatten(1)).logits))
-        read = torch.full_like(stream, NONE)
-        read[:, :, 1] = blocks(targets, NONE)
-        read = read.flatten(1)
-        return Predicted(nats=second(token_nats(net(stream.flatten(1), targets=read), read)))
+        unread = torch.full_like(noisy, NONE)
+        read_at = torch.stack([unread, blocks(targets, NONE), unread], 2).flatten(1)
+        return Predicted(nats=second(token_nats(net(stream.flatten(1), targets=read_at), read_at)))
 
 # ---- Gaussian diffusion: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, x_0 the normalised embeddings ----
 # Schedules: t in [0, 1] -> abar(t), the share of signal left (of variance), abar(0) = 1; t may be continuous.
@@ -730,6 +733,10 @@ def abar(t, cfg):
     return share / (share + (1 - share) * cfg.noise_shift**2)
 
 LEAST = 0.03    # the level at which tokens are read off; below it nothing is learned but rare, large errors
+
+def on_the_way(t):
+    """Levels t -> bool: is the token not read off yet?"""
+    return t > 1.01 * LEAST
 
 def token_levels(t, u, cfg):
     """Levels t of rows, (B,1) or a number, u (B,T) uniform -> (B,T), each token's own level: it goes from 1
@@ -783,15 +790,16 @@ def estimate(net, x_t, t, table, cfg, **options):
         with torch.autocast(x_t.device.type, enabled=False):
             evidence = a / s.square().clamp_min(1e-6) * (x_t @ table.T)        # embeddings have one length
             x_in = evidence.softmax(-1) @ table
-        flying = (t > 1.01 * LEAST) & (cfg.noise_spread > 0)
-        x_in, t = torch.where(flying.unsqueeze(-1), table.mean(0), x_in), t.masked_fill(flying, 1.0)
+    hidden = on_the_way(t) if cfg.token_evidence and cfg.noise_spread else None
+    if hidden is not None:
+        x_in, t = torch.where(hidden.unsqueeze(-1), table.mean(0), x_in), t.masked_fill(hidden, 1.0)
     out = net(x_in, t=t, **options)
     if not MODES[cfg.diffusion_mode][0]:
         context, logits = out.logits.float(), out.logits.float() + evidence
         with torch.autocast(logits.device.type, enabled=False):
             x0 = guess = logits.softmax(-1) @ table
-            if cfg.token_evidence:
-                guess = torch.where(flying.unsqueeze(-1), context.softmax(-1) @ table, x0)
+            if hidden is not None:
+                guess = torch.where(hidden.unsqueeze(-1), context.softmax(-1) @ table, x0)
         return Estimate(x0, logits, None, a, s, guess)
     vector = out.vector.float()
     x0 = PREDICTIONS[cfg.prediction_type].x0(vector, x_t, a, s)
@@ -853,7 +861,7 @@ class Gaussian(Objective):
         levels = t[:, None]
         if self.cfg.noise_spread:                          # who has arrived has nothing to learn
             levels = token_levels(levels, draw.uniform(T), self.cfg)
-            masked = masked & (levels > 1.01 * LEAST)
+            masked = masked & on_the_way(levels)
         batch = Batch(x, masked, levels * (masked | dropped), rows.lengths, eps)
         if D:
             batch = batch._replace(z=latents_of(rows, D) * ~dropped)
@@ -1126,7 +1134,7 @@ class Coupled(Masked):
         z_t = (a * z + b * batch.z_eps) * has[:, None]
         x, masked = batch.x, batch.masked
         seen = mask_tokens(x, masked, net.mask_id)
-        targets = x.masked_fill(~masked, NONE)
+        targets = asked(x, masked)
         out = net(seen, latent=a * z_t, latent_t=batch.s, lengths=batch.lengths, targets=targets)
         text = latent = out.latent.new_zeros(())
         if COUPLINGS[mode].text:
@@ -1178,7 +1186,7 @@ class Variational(Coupled):
         mu, logvar, text = net.posterior(x, lengths)
         z = mu + (0.5 * logvar).exp() * batch.z_eps
         seen, latent = mask_tokens(x, masked, net.mask_id), z * (1 - batch.s[:, None])
-        targets = x.masked_fill(~masked, NONE)
+        targets = asked(x, masked)
         out = net(seen, latent=latent, latent_t=torch.zeros_like(batch.s), lengths=lengths, targets=targets)
         nats = token_nats(out, targets).sum()
         prior = net.latent_prior.mu, net.latent_prior.logvar
@@ -1245,9 +1253,8 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
         found = prediction_report(net, x, lengths, z, generator, cfg, n)
     real = torch.arange(T) < (torch.full((B,), T) if lengths is None else lengths.cpu())[:, None]
     masked, weight = (q.to(x.device) for q in exact_count(real, generator))
-    seen = mask_tokens(x, masked, net.mask_id)
+    seen, targets = mask_tokens(x, masked, net.mask_id), asked(x, masked)
     for name, latent in (("", z), ("_shuffled", z.roll(1, 0)), ("_no_latent", torch.zeros_like(z))):
-        targets = x.masked_fill(~masked, NONE)
         nats = torch.cat([(token_nats(net(a, latent=c, lengths=m, targets=b), b) * w).sum(1)
                           for a, b, c, w, m in split(n, seen, targets, latent, weight, lengths)])
         found[f"text_nats{name}"] = nats.mean().item()
@@ -1383,20 +1390,25 @@ def first_hitting(sure, masked, pace, left, generator, threshold):
     nothing changes (arXiv 2409.02908, section 4). With fewer `steps`, several at once."""
     return best(torch.rand(sure.shape, generator=generator).to(sure.device), masked, pace)
 
+def prefix_length(known):
+    """known (B,T) -> (B,), how many tokens each row begins with are known."""
+    return (~known).long().cumsum(1).eq(0).sum(1)
+
+def read(net, x, **options):
+    """The state after finished text x (B,T): no logits are made for that."""
+    return net(x, finished_text=True, targets=torch.full_like(x, NONE), **options).state
+
 @dataclass
 class Context:
-    """What samplers that go on from a state begin with; they note here what they had after the known prefix.
-    """
+    """What samplers that go on from a state begin with; they note here what they had after what is known."""
     state: Optional[list] = None       # of so many rows as are sampled, or of one
     start: int = -1                    # ar: the token before the first one; -1 = the mask
     last: Optional[Tensor] = None      # ar: (B,1), the token that the state has not read yet
 
     def rows(self, n):
         """The state for n rows."""
-        if self.state is None:
-            return None
-        copied = lambda z: z.expand(n, *z.shape[1:]).contiguous() if torch.is_tensor(z) else z
-        return torch.utils._pytree.tree_map(copied, self.state)
+        copied = lambda z: z.expand(n, *z.shape[1:]).contiguous()
+        return torch.utils._pytree.tree_map_only(Tensor, copied, self.state)
 
 def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", layout="block", eot=None,
           context=None, **options):
@@ -1407,7 +1419,7 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
     trained with, block or b3d. eot: a row that has produced it gets nothing else after it."""
     T, n = x.shape[1], block_size
     x, known = F.pad(mask_tokens(x, ~known, mask_id), (0, n), value=mask_id), F.pad(known, (0, n))
-    start = (~known).long().cumsum(1).eq(0).sum(1)                     # (B,) length of the known prefix
+    start = prefix_length(known)
     watch, context = options.pop("watch", None), context or Context()
     state = context.state = prefix_state(net, x[:, :int(start.max())], start, context.rows(len(x)))
     ended = torch.zeros_like(start, dtype=torch.bool)
@@ -1428,7 +1440,7 @@ def block(net, x, known, mask_id, generator, block_size=32, inner="confidence", 
             ended |= (done == eot).any(1)
         x, start = x.scatter(1, at, done), (start + n).clamp_max(T)
         if (start < T).any():
-            state = net(done, state=state, lengths=lengths, finished_text=True).state
+            state = read(net, done, state=state, lengths=lengths)
     return x[:, :T]
 
 def watch_block(watch, x, at, given, *piece):
@@ -1451,11 +1463,11 @@ def prefix_state(net, x, lengths, before=None):
     `before`, None at a text's beginning; None if there is nothing before."""
     if not x.shape[1]:
         return before
-    state = net(x, lengths=lengths.clamp_min(1), finished_text=True, state=before).state
+    state, trees = read(net, x, lengths=lengths.clamp_min(1), state=before), torch.utils._pytree
     there = lambda z: (lengths > 0).view(-1, *[1] * (z.dim() - 1))
-    read = lambda z, old: torch.where(there(z), z, old) if torch.is_tensor(z) else z
-    map_, zero = torch.utils._pytree.tree_map, lambda z: torch.zeros_like(z) if torch.is_tensor(z) else z
-    return map_(read, state, map_(zero, state) if before is None else before)
+    newer = lambda z, old: torch.where(there(z), z, old) if torch.is_tensor(z) else z
+    before = trees.tree_map_only(Tensor, torch.zeros_like, state) if before is None else before
+    return trees.tree_map(newer, state, before)
 
 def read_on(net):
     """The network as one of next tokens: each sees what is before it, whatever the direction."""
@@ -1468,9 +1480,9 @@ def ar(net, x, known, mask_id, generator, temperature=1.0, top_k=0, top_p=1.0, w
     x, B, context, net = mask_tokens(x, ~known, mask_id), len(x), context or Context(), read_on(net)
     state, start = context.rows(B), mask_id if context.start < 0 else context.start
     last = x.new_full((B, 1), start) if context.last is None else context.last.expand(B, 1)
-    given = int((~known).long().cumsum(1).eq(0).sum(1).min())
+    given = int(prefix_length(known).min())
     if given:
-        state = net(torch.cat([last, x[:, :given - 1]], 1), state=state).state
+        state = read(net, torch.cat([last, x[:, :given - 1]], 1), state=state)
         last = x[:, given - 1:given]
     context.state, context.last = state, last
     ended = torch.zeros_like(known[:, :1])

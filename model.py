@@ -1078,12 +1078,9 @@ class Denoiser(nn.Module):
             if prefix is None:
                 prefix, has_latent = h.new_zeros(len(h), P, cfg.n_embd), h.new_ones(len(h))
             latent = self.latent_head(prefix * has_latent[:, None, None], text).float()      # (B,D)
-        vector, logits, nats = self.vector(h) if cfg.gaussian else None, None, None
-        if targets is None:
-            logits = self.logits(shown)
-        else:
-            nats = self.nats(shown, targets)
-        return Output(logits, nats, h, latent, vector, states)
+        logits = self.logits(shown) if targets is None else None                 # (B,T,V)
+        nats = None if targets is None else self.nats(shown, targets)            # (B,T)
+        return Output(logits, nats, h, latent, self.vector(h) if cfg.gaussian else None, states)
 
     def logits(self, h):
         """(...,C) -> (...,V), float32."""
@@ -1494,8 +1491,7 @@ def official_weights(model, dtype=torch.float32):
                          f"{', '.join(other)}: keep the checkpoint")
     weights, C, rank = dict(model.state_dict()), cfg.n_embd, low_ranks(cfg, first=False)["v"]
     weights["emb.weight"] = weights["emb.weight"][:-1]
-    unused = dict(v0=(1, 1, C), v1=(C, rank), v2=(rank, C))
-    for key, shape in unused.items():
+    for key, shape in dict(v0=(1, 1, C), v1=(C, rank), v2=(rank, C)).items():      # never used
         weights[f"blocks.0.att.{key}"] = torch.zeros(shape)
     return {name: x.to(dtype).cpu().contiguous() for name, x in weights.items()}
 

@@ -110,7 +110,7 @@ class Recorder:
         self.tokenizer, self.mask_id, self.also = tokenizer, mask_id, also
         self.lengths = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
         self.x = x.masked_fill(~known, mask_id).cpu()
-        self.given = (~known).long().cumsum(1).eq(0).sum(1).tolist()
+        self.given = diffusion.prefix_length(known).tolist()
         self.first, self.sure = self.x, torch.full(x.shape, -100)
         self.steps = [[] for _ in x]
 
@@ -127,8 +127,9 @@ class Recorder:
     def id(self, token):
         return -1 if token == self.mask_id else int(token)
 
-    def finish(self, y, about, kind, block, state):
+    def finish(self, y, about, sampler, block=0, state=0):
         """y (B,T): what came out. Writes the files html and svg."""
+        kind = "gaussian" if sampler in diffusion.GAUSSIAN_STEPS else sampler
         if not torch.equal(self.x, y):             # what a sampler changed after its last step
             self(y, torch.zeros_like(y, dtype=torch.bool), torch.ones(y.shape))
         samples = [self.sample(i, row) for i, row in enumerate(y)]
@@ -148,6 +149,11 @@ class Recorder:
         text = list(map(data.visible, self.tokenizer.pieces(y[:n].tolist())))
         return dict(ids=[self.id(z) for z in self.first[i, :n]], start=given,
                     steps=list(map(cut, self.steps[i])), text=text)
+
+def watching(tokenizer, mask_id, x, known, lengths=None):
+    """What watches the sampling of rows x (B,T) where not known (B,T): a Recorder for a page or a picture."""
+    shows = watcher(tokenizer, mask_id)
+    return Recorder(tokenizer, mask_id, x, known, lengths, shows) if html or svg else shows
 
 def page(told, tokenizer, about):
     """One file without anything from elsewhere; without JavaScript it shows the final texts."""
@@ -211,8 +217,7 @@ def cell(tokenizer, text, life, x, y, width):
             was = escape(data.visible(tokenizer.decode([token]))[:width])
             found.append(f'<text {place} dy="13">{was}{shows}</text>')
     if text.strip():
-        last = life[-1][0]
-        hidden = ""
+        last, hidden = life[-1][0], ""
         if last:
             hidden = during("visibility", "hidden", 0, last) + during("fill", "#0a7f3f", last, 0.8)
         found.append(f'<text x="{x:.1f}" y="{y}" dy="13">{escape(text.strip(chr(10)))}{hidden}</text>')
@@ -276,10 +281,8 @@ def fill(model, objective, tokenizer, x, lengths, known):
     counted, name = Counted(model, lengths), sampler or objective.sampler
     options = dict(sampler=name, steps=steps, threshold=threshold, temperature=temperature, top_k=top_k,
                    top_p=top_p, guidance=guidance, eta=eta, clamp=clamp, block_size=block_size,
-                   eot=tokenizer.eot_id, lengths=lengths, watch=watcher(tokenizer, model.mask_id))
-    if html or svg:
-        recorder = Recorder(tokenizer, model.mask_id, x, known, lengths, options["watch"])
-        options["watch"] = recorder
+                   eot=tokenizer.eot_id, lengths=lengths,
+                   watch=watching(tokenizer, model.mask_id, x, known, lengths))
     if save_state and not state and not known[:, 0].all():
         raise ValueError(f"save_state={save_state} is for the state after a prompt: give --prompt or --chat")
     if state or save_state:
@@ -297,8 +300,7 @@ def fill(model, objective, tokenizer, x, lengths, known):
     if html or svg:
         about = f"{n} tokens in {counted.calls} denoiser calls, {name}, by {ckpt}"
         size = (block_size or model.cfg.block_size) * (name == "block")
-        kind = "gaussian" if name in diffusion.GAUSSIAN_STEPS else name
-        recorder.finish(y.cpu(), about, kind, size, counted.carried)
+        options["watch"].finish(y.cpu(), about, name, size, counted.carried)
     return y.cpu()
 
 def weights_digest(model):
@@ -316,14 +318,15 @@ def write_state(model, name, context):
     layers = [{key: z[:1].clone() for key, z in layer._asdict().items() if z is not None}
               for layer in context.state or []]
     last = None if context.last is None else context.last[:1].clone()
-    content = dict(state=layers, last=last, sampler=name, network=weights_digest(model))
-    nets.save_checkpoint(save_state, content)
+    told = dict(sampler=name, network=weights_digest(model))
+    nets.save_checkpoint(save_state, told | dict(state=layers, last=last))
     print(f"state after the prompt: {save_state}")
 
 def opened_state(model, name):
     """The file `state` -> a Context. ValueError for one of another network or sampler."""
     found = nets.read_tensors(state) if os.path.isfile(state) else {}
-    if found.get("network") != weights_digest(model) or found.get("sampler") != name:
+    known = isinstance(found, dict) and found.get("network") == weights_digest(model)
+    if not known or found.get("sampler") != name:
         raise ValueError(f"state={state} is not of this network with sampler={name}: make one with "
                          "--save_state=FILE and a prompt")
     with reading(state, "make it anew with --save_state"):
@@ -391,11 +394,6 @@ def read_latent(model, projection):
                          f"latent{also}")
     return torch.from_numpy(z.astype(np.float32))
 
-def recorded(model, tokenizer, rows, n):
-    """What watches the sampling of `rows` texts of n tokens."""
-    x, also = torch.full((rows, n), model.mask_id), watcher(tokenizer, model.mask_id)
-    return Recorder(tokenizer, model.mask_id, x, x != model.mask_id, None, also) if html or svg else also
-
 def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
     asked = mode or ("l2t" if latent else objective.modes[0])
@@ -419,10 +417,11 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
                          "most that")
     draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
     texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold)
-    x = None
-    if asked == "t2l" and (html or svg):
-        raise ValueError("html and svg play texts, mode=t2l gives latents: leave them out")
+    x, masks = None, lambda rows: torch.full((rows, n), model.mask_id)
+    watch_all = lambda rows: watching(tokenizer, model.mask_id, masks(rows), masks(rows) != model.mask_id)
     if asked == "t2l":
+        if html or svg:
+            raise ValueError("html and svg play texts, mode=t2l gives latents: leave them out")
         given = [text] if text else prompts
         rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
         if not min(map(len, rows)):
@@ -435,10 +434,10 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         if "projection" in saved:
             projection = data.Projection(*(q.numpy() for q in saved["projection"]))
         z = read_latent(model, projection).repeat_interleave(num_samples, 0)
-        texts |= dict(sampler=rule, clamp=clamp, watch=recorded(model, tokenizer, len(z), n))
+        texts |= dict(sampler=rule, clamp=clamp, watch=watch_all(len(z)))
         x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, **texts)
     else:
-        texts |= dict(lead=lead, rule=rule, watch=recorded(model, tokenizer, num_samples, n))
+        texts |= dict(lead=lead, rule=rule, watch=watch_all(num_samples))
         x, z = diffusion.sample_joint(model, num_samples, n, g, diff, **texts)
     for row in [] if x is None else x.cpu().tolist():
         print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
@@ -446,8 +445,7 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
     if x is None:
         path, kind = out or "latent.npy", "latents"
     if html or svg:
-        kind = "gaussian" if rule in diffusion.GAUSSIAN_STEPS else rule
-        texts["watch"].finish(x.cpu(), f"{len(z)} texts ({asked}, {rule}), by {ckpt}", kind, 0, 0)
+        texts["watch"].finish(x.cpu(), f"{len(z)} texts ({asked}, {rule}), by {ckpt}", rule)
     where = f", latents {tuple(z.shape)} in {path}" if path else ""
     print(f"{len(z)} {kind} in {time.perf_counter() - begun:.1f} s ({asked}){where}")
     if path:
@@ -459,8 +457,8 @@ def main(cfg):
     os.environ["WKV_IMPL"] = wkv_impl
     nets.tune_cpu()
     for path in filter(None, (html, svg, save_state, export)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ValueError(f"{path} cannot be written: there is no folder {os.path.dirname(path)}")
+        if (folder := os.path.dirname(path)) and not os.path.isdir(folder):
+            raise ValueError(f"{path} cannot be written: there is no folder {folder}")
     device, saved = nets.open_device(cfg.device), nets.load_checkpoint(ckpt)
     if "tokenizer" not in saved:
         raise ValueError(f"{ckpt} has no tokenizer: give a checkpoint of train.py")

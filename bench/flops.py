@@ -6,7 +6,7 @@ import torch
 import bench
 import model as nets
 import wkv_cuda
-from bench import flops_per_token, from_file, parameters, table
+from bench import from_file, parameters, table
 
 def counted_flops(cfg, T):
     """The same, counted by torch.utils.flop_counter in a pass that is really run."""
@@ -27,7 +27,7 @@ def suite():
         raise ValueError(f"the count runs the C++ kernel: {reason}")
     found, rows, lengths = {}, {}, (512, 2048, 8192)
     for name, cfg in from_file("direction").directions().items():
-        flops = {T: flops_per_token(cfg, T) for T in lengths}
+        flops = {T: nets.flops_per_token(cfg, T) for T in lengths}
         counted = lengths[:1] if bench.quick else lengths
         off = max(abs(counted_flops(cfg, T) / flops[T] - 1) for T in counted)
         found[name] = {"flops": flops, "off": off}

@@ -15,8 +15,7 @@ import bench
 import diffusion
 import model as nets
 import wkv_cuda
-from bench import (BASELINE, attention_baseline, chosen, flops_per_token, from_file, parameters, table, where,
-                   write)
+from bench import BASELINE, attention_baseline, chosen, from_file, parameters, table, where, write
 
 wkv = from_file("wkv")
 
@@ -183,7 +182,7 @@ def training(size, T, limits, device):
             print(f"  {size} {name}: {tokens // T} x {T} tokens do not fit this GPU", flush=True)
             continue
         speed = tokens / ms * 1e3
-        mfu = 3 * flops_per_token(cfg, T) * speed / limits["flops"]
+        mfu = 3 * nets.flops_per_token(cfg, T) * speed / limits["flops"]
         found[name] = dict(parameters=parameters(cfg), ms=ms, tokens_per_s=speed, memory_bytes=memory,
                            GiB=memory / 2**30, mfu=mfu, s=time.perf_counter() - started)
         print(f"  {size} {name}: {ms:.1f} ms, {memory / 2**30:.1f} GiB", flush=True)

@@ -2,7 +2,6 @@
 the layout of official RWKV-7 files: this repository by kind of weights, beside the rwkv package."""
 import contextlib
 import functools
-import itertools
 import os
 import sys
 import tempfile
@@ -56,27 +55,34 @@ def piece(step):
         logits, state = step(i, state)
     return logits
 
+def measured(steps, title, n, workers):
+    """{name: step} of a network of n parameters, with so many threads -> rows of the table."""
+    torch.set_num_threads(workers)
+    rows = {}
+    logits = {name: piece(step) for name, step in steps.items()}
+    first, fp32 = next(iter(logits.values())), logits["nanoDiR, fp32"]
+    jobs = {name: functools.partial(piece, step) for name, step in steps.items()}
+    ms = alternated(jobs, 5 * bench.rounds)
+    for name, taken in ms.items():
+        speed = 1e3 * TOKENS / taken
+        rows[f"{title}, {name}"] = row = dict(
+            parameters=n, tokens_per_s=speed, ratio=ms[next(iter(ms))] / taken,
+            to_fp32=ms["nanoDiR, fp32"] / taken,
+            off=((logits[name] - (first if "fp32" in name else fp32)).norm() / fp32.norm()).item())
+        print(f"  {title}, {name}: {row['tokens_per_s']:.1f} tokens/s", flush=True)
+    return rows
+
 def suite():
     found, rows = dict(from_file("wkv").processor()), {}
-    for (size, shape), workers in itertools.product((QUICK if bench.quick else SIZES).items(), (1, 2)):
-        torch.set_num_threads(workers)
+    for size, shape in (QUICK if bench.quick else SIZES).items():
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "x.pth")
             n = random_weights(*shape, path)
             steps = {"rwkv package, fp32": package(path)}
             steps |= {f"nanoDiR, {kind}": ours(path, kind) for kind in ("fp32", "bf16", "int8")}
         steps = {name: step for name, step in steps.items() if step}
-        logits = {name: piece(step) for name, step in steps.items()}
-        first, fp32 = next(iter(logits.values())), logits["nanoDiR, fp32"]
-        jobs = {name: functools.partial(piece, step) for name, step in steps.items()}
-        ms = alternated(jobs, 5 * bench.rounds)
-        for name, taken in ms.items():
-            speed = 1e3 * TOKENS / taken
-            rows[f"{size}, threads {workers}, {name}"] = row = dict(
-                parameters=n, tokens_per_s=speed, ratio=ms[next(iter(ms))] / taken,
-                to_fp32=ms["nanoDiR, fp32"] / taken,
-                off=((logits[name] - (first if "fp32" in name else fp32)).norm() / fp32.norm()).item())
-            print(f"  {size}, {workers} threads, {name}: {row['tokens_per_s']:.1f} tokens/s", flush=True)
+        for workers in (1, 2):
+            rows |= measured(steps, f"{size}, threads {workers}", n, workers)
     table("tokens one by one; the logits' distance from the package's, or of fewer bits from fp32",
           "network | parameters | tokens/s | times the package | times own fp32 | logits differ by",
           "{parameters:.0M} | {tokens_per_s:.1f} | {ratio:.2f} | {to_fp32:.2f} | {off:.1e}", rows)

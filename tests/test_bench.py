@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import model
 import wkv_cuda
 from conftest import ok
 from model import ModelConfig
@@ -22,7 +23,7 @@ def test_flops_by_formula_equal_a_counted_run(changes):
     if wkv_cuda.build("cpp"):
         pytest.skip("the count runs the C++ kernel")
     cfg = replace(SMALL, **changes)
-    assert bench.from_file("flops").counted_flops(cfg, 48) == pytest.approx(bench.flops_per_token(cfg, 48), rel=1e-6)
+    assert bench.from_file("flops").counted_flops(cfg, 48) == pytest.approx(model.flops_per_token(cfg, 48), rel=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])

@@ -396,7 +396,7 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
 
     sample = lambda *options: run("sample.py", "--num_samples=2", "--length=20", "--wkv_impl=torch", *options)
     shown = ok(sample("--ckpt=whole/ckpt.pt", "--out=j.npy", "--html=j.html", "--svg=j.svg"))
-    assert (tmp_path / "j.html").stat().st_size > 5000 and "played in j.html and j.svg" in shown
+    assert (tmp_path / "j.html").stat().st_size > 5000 and "played in j.html and j.svg" in shown and "2 texts in" in shown
     assert shown.count("---") == 2 and "(joint)" in shown and np.load(tmp_path / "j.npy").shape == (2, 6)
     (tmp_path / "two.txt").write_text("the cat sat\nking and queen on the mat\n")
     assert "(2, 6) in latent.npy" in ok(sample("--ckpt=whole/ckpt.pt", "--mode=t2l", "--prompt_file=two.txt", "--steps=5", "--temperature=0"))

@@ -9,6 +9,5 @@ from .loader import BACK_ENDS, backend, build
 from .wkv7 import IMPLS, wkv7
 
 __all__ = ["BACK_ENDS", "HEAD_SIZES", "IMPLS", "KEPT", "KeptLinear", "backend", "biwkv", "biwkv_loop",
-           "biwkv_torch", "build",
-           "read_state", "shift_mix", "squared_relu", "wkv7", "wkv7_inputs", "wkv7_leaky", "wkv7_loop",
-           "wkv7_mix", "wkv7_output", "wkv7_torch"]
+           "biwkv_torch", "build", "read_state", "shift_mix", "squared_relu", "wkv7", "wkv7_inputs",
+           "wkv7_leaky", "wkv7_loop", "wkv7_mix", "wkv7_output", "wkv7_torch"]
