@@ -22,10 +22,10 @@
 
 A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
 """
-from configurator import stoppable
+from configurator import script
 
 if __name__ == "__main__":
-    stoppable()
+    script()
 import collections
 import concurrent.futures
 import contextlib
@@ -227,8 +227,6 @@ def reopened(folder):
     return nets.from_pretrained(folder, saved).eval(), diffusion.trained_with(saved["config"])
 
 # ---- speed on a CPU ----
-
-BASELINE = "attention baseline"
 
 def alternated(jobs, times, seconds=math.inf):
     """{name: function} -> {name: median milliseconds of a call}. They are called in turn, so that a slow

@@ -458,8 +458,11 @@ def on_stop(handler):
         if ours and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
-def stoppable():
-    """For the first lines of a script: while it imports, for seconds, Ctrl-C ends it with one line, too."""
+def script():
+    """For a script's first lines, before it imports torch, which takes seconds: Ctrl-C ends it with one line
+    then, too; idle threads (libgomp's) soon stop waiting in a loop, which takes other programs' time."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     def stop(signum, frame):
         print(f"stopped by {STOPS[signum]} before anything was done", file=sys.stderr)
         os._exit(128 + signum)

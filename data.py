@@ -14,10 +14,10 @@ place in the global batch, so accumulation, several processes and a resumed run 
     python data.py tokenize --data_path=FOLDER2 --tokenizer=byte   their tokens
     python data.py download shakespeare                            or text8, or gpt2 (its vocabulary)
 """
-from configurator import stoppable
+from configurator import script
 
 if __name__ == "__main__":
-    stoppable()
+    script()
 import ast
 import codecs
 import functools
@@ -65,12 +65,8 @@ class Rows(NamedTuple):
     lengths: Optional[torch.Tensor] = None  # (B,) real tokens, None where all rows are full
     z: Optional[torch.Tensor] = None        # (B,D) latents, rows of zeros for none
 
-    def each(self, f):
-        """f of every tensor that there is."""
-        return Rows(*(None if part is None else f(part) for part in self))
-
     def to(self, device):
-        return self.each(lambda part: part.to(device))
+        return Rows(*(part if part is None else part.to(device) for part in self))
 
 def drawn(size, step, B, lo, hi, seed):
     """Which of `size` rows are lo..hi of a step's global batch of B: random numbers (hi-lo,)."""

@@ -909,7 +909,7 @@ class Gaussian(Objective):
         shown, task, latent, few = masked, source.kind == "task", {}, rows
         if not task:
             shown = (torch.rand(x.shape, generator=generator) < 0.3).to(x.device)
-            few = rows.each(lambda z: z[:size])
+            few = type(rows)(*next(split(size, *rows)))
         if net.cfg.latent_dim:
             latent = dict(latent=clean_latent(net, latents_of(few, net.cfg.latent_dim)))
         metrics, alarm = gaussian_report(net, few.x, few.maskable, few.lengths, generator, self.cfg, **latent)

@@ -12,10 +12,10 @@
     ... --html=denoise.html --svg=denoise.svg       a page and a picture that play the denoising
     ... --watch=1                                   shows the denoising step by step
 """
-from configurator import stoppable
+from configurator import script
 
 if __name__ == "__main__":
-    stoppable()
+    script()
 import hashlib
 import itertools
 import json
@@ -244,11 +244,9 @@ def settings_of(config):
 
 def lines_of(path):
     """The lines of a prompt file."""
-    lines = data.read_text(path)[1].split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    if not lines:
-        raise ValueError(f"prompt_file={path} is empty: write a prompt per line")
-    return lines
+    if found := data.read_text(path)[1]:
+        return found.removesuffix("\n").split("\n")
+    raise ValueError(f"prompt_file={path} is empty: write a prompt per line")
 
 def rows_of_text(tokenizer, mask_id, T, prompts):
     """What is asked for -> x (B,T) with masks, lengths (B,) or None where all rows are full. prompts: a list
@@ -303,6 +301,12 @@ def fill(model, objective, tokenizer, x, lengths, known):
         options["watch"].finish(y.cpu(), about, name, size, counted.carried)
     return y.cpu()
 
+def refuse(names, why):
+    """ValueError for one of the settings `names` that is given, though it would do nothing."""
+    for name in names.split():
+        if globals()[name]:
+            raise ValueError(f"{name}={globals()[name]} {why}: leave it out")
+
 def weights_digest(model):
     """Tells networks apart, as text: a state means nothing to another one."""
     told = torch.cat([model.emb.weight[:64].flatten(), model.ln_out.weight]).float().cpu()
@@ -352,12 +356,13 @@ def write_official(model, tokenizer):
     else:
         nets.save_checkpoint(export, kept)
     start = "" if model.cfg.start_token == 0 else "; before a text it had the mask, others have token 0"
-    numbers = sum(x.numel() for x in kept.values())
-    print(f"{export}: {numbers:,} numbers in {weights}, {tokenizer.kind} tokens{start}")
+    n = sum(map(torch.numel, kept.values()))
+    print(f"{export}: {n:,} numbers in {weights}, {tokenizer.kind} tokens{start}")
 
 def answer_task(model, objective, tokenizer, name, settings):
     """Answers to rows of the task's evaluation set, with a score."""
     source = data.TaskSource(name, tasks.params(name, settings), settings["seq_len"])
+    refuse("length out", "is not for a task's answers")
     x, masked, lengths, _ = source.eval_rows(num_samples, seed)
     y = fill(model, objective, tokenizer, x, lengths, ~masked)
     for row in zip(x, masked, y):
@@ -368,6 +373,7 @@ def answer_task(model, objective, tokenizer, name, settings):
 
 def write_text(model, objective, tokenizer, T, prompts):
     """Text after prompts, between a prompt and a suffix, or in holes."""
+    refuse("out", "is for latents, not for texts alone")
     x, lengths = rows_of_text(tokenizer, model.mask_id, T, prompts)
     if x.shape[1] > T and (sampler or objective.sampler) not in diffusion.STATEFUL:
         raise ValueError(f"a row of {x.shape[1]} tokens, given and to generate, is longer than the "
@@ -396,16 +402,17 @@ def read_latent(model, projection):
 
 def write_latents(model, objective, tokenizer, saved, T, prompts):
     """What `mode` asks for of a network with latents, printed and written."""
+    refuse("chat state save_state suffix block_size", "is for texts without latents")
     asked = mode or ("l2t" if latent else objective.modes[0])
     device, begun = model.emb.weight.device, time.perf_counter()
     if asked not in objective.modes:
-        *others, last = objective.modes
-        raise ValueError(f"mode={asked} is not for a network trained with "
-                         f"objective={objective.cfg.objective}: choose "
-                         + " or ".join([", ".join(others), last] if others else [last]))
+        raise ValueError(f"mode={asked} is not for a network of objective={objective.cfg.objective}: choose "
+                         + " or ".join(objective.modes))
     if (asked == "l2t") != bool(latent):
         raise ValueError(f"mode={asked}, latent={latent!r}: mode=l2t takes a .npy file as --latent, the "
                          "others none")
+    if asked != "t2l":
+        refuse("prompt prompt_file text", f"is not for mode={asked}")
     rule = sampler or objective.latent_sampler
     if not objective.fits_latent(rule):
         rules = filter(objective.fits_latent, diffusion.SAMPLERS)
@@ -413,15 +420,13 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
                          f"{', '.join(rules)}")
     n, g, diff = length or T, data.generator(seed, 0, 3), objective.cfg
     if n > T:
-        raise ValueError(f"length={n} is longer than the seq_len={T} this network was trained on: give at "
-                         "most that")
+        raise ValueError(f"length={n} is more than seq_len={T} of this network: give at most that")
     draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
     texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold)
     x, masks = None, lambda rows: torch.full((rows, n), model.mask_id)
     watch_all = lambda rows: watching(tokenizer, model.mask_id, masks(rows), masks(rows) != model.mask_id)
     if asked == "t2l":
-        if html or svg:
-            raise ValueError("html and svg play texts, mode=t2l gives latents: leave them out")
+        refuse("html svg", "plays texts, mode=t2l gives latents")
         given = [text] if text else prompts
         rows = [torch.from_numpy(tokenizer.encode(q).astype("int64"))[:T] for q in given]
         if not min(map(len, rows)):

@@ -4,10 +4,10 @@
     DATA_PATH=input.txt python train.py
     torchrun --nproc_per_node=2 train.py --data_path=input.txt   # --shard=1 where it does not fit one GPU
 """
-from configurator import on_stop, stoppable
+from configurator import on_stop, script
 
 if __name__ == "__main__":
-    stoppable()
+    script()
 import contextlib
 import dataclasses
 import itertools
@@ -756,9 +756,7 @@ def end(run, step, stopped):
         print0(f"stopped after step {step} of {cfg.max_iters}, which {run.own} holds: the same command with "
                "--init_from=resume goes on")
         raise SystemExit(stopped)
-    copied = ""
-    if cfg.weights_path:
-        copied = f", copied to {cfg.weights_path}"
+    copied = f", copied to {cfg.weights_path}" if cfg.weights_path else ""
     if cfg.weights_path and run.lead:
         os.makedirs(os.path.dirname(cfg.weights_path) or ".", exist_ok=True)
         with written(cfg.weights_path) as to, open(run.own, "rb") as checkpoint:

@@ -9,7 +9,7 @@ import bench
 import data
 import diffusion
 import model as nets
-from bench import (BASELINE, Run, alternated, attention_baseline, chosen, from_file, pyplot,
+from bench import (Run, alternated, attention_baseline, chosen, from_file, pyplot,
                    quality, read_log, reopened, save_figure, step_ms, table, table_of_ms)
 
 def bigram_kl(x, y):
@@ -117,7 +117,7 @@ def denoising_ms():
     two_way = from_file("direction").directions()["bidirectional"]
     base = replace(two_way, gaussian=True, time_cond="adaln_zero", tie_embeddings=True)
     biwkv, attention = replace(base, mixer="biwkv"), attention_baseline(base)
-    configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, BASELINE: attention}
+    configs = {"rwkv7, bidirectional": base, "biwkv": biwkv, "attention baseline": attention}
     options = dict(cfg=diffusion.DiffusionConfig(), steps=5 if bench.quick else 50)
     x = torch.full((1, 512), 256)
 

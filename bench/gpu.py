@@ -15,7 +15,7 @@ import bench
 import diffusion
 import model as nets
 import wkv_cuda
-from bench import BASELINE, attention_baseline, chosen, from_file, parameters, table, where, write
+from bench import attention_baseline, chosen, from_file, parameters, table, where, write
 
 wkv = from_file("wkv")
 
@@ -172,7 +172,8 @@ def training(size, T, limits, device):
     two_way = nets.ModelConfig(n_layer=L, n_embd=C, head_size=N, vocab_size=V, tie_embeddings=True,
                                direction="bidirectional")
     causal, attention, found = replace(two_way, direction="causal"), attention_baseline(two_way), {}
-    networks = {"causal": causal, "causal, recompute": causal, "bidirectional": two_way, BASELINE: attention}
+    networks = {"causal": causal, "causal, recompute": causal, "bidirectional": two_way,
+                "attention baseline": attention}
     for name, cfg in networks.items():
         torch.accelerator.empty_cache()
         started = time.perf_counter()

@@ -407,7 +407,7 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     np.save(tmp_path / "wide.npy", np.random.rand(256).astype("f4"))               # n-grams: projected with what the checkpoint keeps
     assert "(l2t)" in ok(sample("--ckpt=whole/ckpt.pt", "--latent=wide.npy", "--html=l.html")) and (tmp_path / "l.html").exists()
     done = sample("--ckpt=whole/ckpt.pt", "--mode=t2l", "--text=the cat", "--html=l.html")
-    assert done.returncode == 2 and "html and svg play texts, mode=t2l gives latents" in done.stderr
+    assert done.returncode == 2 and "plays texts, mode=t2l gives latents: leave it out" in done.stderr
     assert "there is no folder none" in sample("--ckpt=whole/ckpt.pt", "--html=none/l.html").stderr
     assert "denoiser calls" in ok(sample("--ckpt=whole/ckpt.pt", "--text=the c__ sat"))     # an infill without a latent
 
@@ -430,11 +430,15 @@ def test_from_folder_to_both_stages_and_back(run, pairs, tmp_path):
     for script, options, words in [
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--latent=short.npy"], "6 per latent (or 256, which are projected)"),
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--latent=none.npy"], "none.npy does not exist"),
-            ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=stage2"], "choose joint, l2t or t2l"),
-            ("sample.py", ["--ckpt=two/ckpt.pt", "--mode=joint"], "choose stage2, l2t or t2l"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=stage2"], "choose joint or l2t or t2l"),
+            ("sample.py", ["--ckpt=two/ckpt.pt", "--mode=joint"], "choose stage2 or l2t or t2l"),
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=l2t"], "takes a .npy file as --latent"),
             ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=t2l"], "needs text"),
-            ("sample.py", ["--ckpt=whole/ckpt.pt", "--length=99"], "longer than the seq_len=32"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--length=99"], "more than seq_len=32"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=joint", "--chat=Who?"], "chat=Who? is for texts without latents"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--save_state=s.pt"], "save_state=s.pt is for texts without latents"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--mode=joint", "--prompt=To be"], "prompt=To be is not for mode=joint"),
+            ("sample.py", ["--ckpt=whole/ckpt.pt", "--prompt=the", "--length=4", "--out=z.npy"], "out=z.npy is for latents"),
             ("train.py", [f"--data_path={pairs}", "--objective=masked_mean"], "is not for data_path="),
             ("train.py", ["--objective=l2t"], "python data.py latents"),
             ("train.py", [f"--data_path={pairs}", "--objective=stage2_variational"], "goes on from a network of Stage I"),

@@ -209,7 +209,8 @@ def test_checkpoints_of_another_shape_or_task_or_kind(run, tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
         assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 1   # nothing is lost
     for options, words in ((["--ckpt=none.pt"], "none.pt does not exist"), (["--text=abc"], "no hole"), (["--prompt=xyz"], "'x' is not in the vocabulary"),
-                           (["--prompt=1", "--text=1_"], "not several"), (["--sampler=best"], "confidence, topk, ancestral"), (["--num_samples=0"], "num_samples")):
+                           (["--prompt=1", "--text=1_"], "not several"), (["--sampler=best"], "confidence, topk, ancestral"), (["--num_samples=0"], "num_samples"),
+                           (["--length=9"], "length=9 is not for a task's answers: leave it out")):
         done = run("sample.py", *options)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (options, done.stderr[-500:])
 
