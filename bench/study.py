@@ -149,9 +149,10 @@ def picture(found, networks, tasks_):
         part = [[statistics.mean(found[f"{network}, {task}, equal steps"][key]) for task in tasks_]
                 for network in networks]
         ax.imshow(part, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        ax.grid(False)
         for i, row in enumerate(part):
             for j, x in enumerate(row):
-                ax.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8, color="w" if x < 0.6 else "k")
+                ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="w" if x < 0.6 else "k")
         ax.set(title=title, xticks=range(len(tasks_)), xticklabels=tasks_, yticks=range(len(networks)),
                yticklabels=networks)
         ax.tick_params(axis="x", rotation=30)
