@@ -20,9 +20,11 @@ def runs_on(text, pairs):
     if bench.quick:
         common += ["--batch_size=4"]
     causal = "--direction=causal --ffn_shift=before"
+    latents = ("config/latent.py --objective=sequential --latent_pred_from=text --predict=next "
+               f"--ffn_shift=before --data_path={pairs}")
     rows = {"next token": ("", f"config/latent.py --objective=ar {causal} --data_path={text}"),
-            "latents": ("next token", "config/latent.py --objective=sequential --predict=next "
-                                      f"--ffn_shift=before --data_path={pairs}"),
+            "latents": ("next token", latents),
+            "latents, backbone frozen": ("next token", f"{latents} --freeze_backbone=1"),
             "embeddings": ("", f"config/gaussian.py --data_path={text}"),
             "blocks": ("", "config/shakespeare.py --objective=mixture --direction=block "
                            f"--block_sizes=32,64,0 --data_path={text}")}
@@ -77,7 +79,7 @@ def pareto(folder, judge):
         for calls in (c for c in CALLS if c <= n and not (bench.quick and c > 2)):
             begun = time.perf_counter()
             y = objective.fill(net, nothing, nothing != net.mask_id, data.generator(1, 0, 3), "block",
-                               block_size=n, inner="topk", steps=calls)
+                               block_size=n, inner="first_hitting", steps=calls)
             speed = y.numel() / (time.perf_counter() - begun)
             found[f"block {n}, {calls} calls"] = judge.scores(y) | {"tokens_per_s": speed}
     return found
@@ -100,6 +102,7 @@ def suite():
     def next_token(folder):
         return {"perplexity": latent.perplexity(folder, folder, held_out)} | judge.scores(held_out)
     measures = {"next token": next_token, "latents": with_latents,
+                "latents, backbone frozen": with_latents,
                 "embeddings": lambda folder: denoised(folder, judge, source),
                 "blocks": lambda folder: {"pareto": pareto(folder, judge)}}
 
@@ -113,16 +116,23 @@ def suite():
 
 def shown(found, speed):
     """The table and the picture."""
-    z, free, blocks = found["latents"], found["embeddings"], found["blocks"]["pareto"]
-    mse, mean = z["latent_mse"], z["latent_mse_of_mean"]
-    rows = {"latent from text, squared error (of the mean's)": f"{mse:.3f} ({mse / mean:.3f})",
+    z, frozen = found["latents"], found["latents, backbone frozen"]
+    free, blocks, before = found["embeddings"], found["blocks"]["pareto"], found["next token"]["perplexity"]
+
+    def with_frozen(form):
+        """A figure of `latents`, and in brackets with the backbone frozen."""
+        return f"{form.format(**z)} ({form.format(**frozen)})"
+    mauve = f"{free['mauve']:.3f}" if "mauve" in free else "none (pip install mauve-text)"
+    for run in (z, frozen):
+        run["part"] = run["latent_mse"] / run["latent_mse_of_mean"]
+    rows = {"latent from text, squared error, of the mean's (backbone frozen)": with_frozen("{part:.3f}"),
             "text from its latent, BLEU / chrF": f"{z.get('bleu', 0):.2f} / {z.get('chrf', 0):.1f}",
-            "perplexity per byte of next tokens, before and after latents":
-                f"{found['next token']['perplexity']:.2f} -> {z['perplexity']:.2f}",
+            f"perplexity per byte of next tokens, {before:.2f} before latents, after (backbone frozen)":
+                with_frozen("{perplexity:.2f}"),
             "texts from noise, 50 steps, top_p 0.9: nats per byte (of held-out text)":
                 f"{free['nats']:.2f} ({found['next token']['nats']:.2f})",
             "... their bigrams' divergence": f"{free['kl']:.3f}",
-            "... MAUVE (features of our own network)": f"{free.get('mauve', 'none'):.5}"}
+            "... MAUVE (features of our own network)": mauve}
     rows |= {f"a step at 512 tokens, ms: {name}": f"{ms:.1f}" for name, ms in speed.items()}
     table("the dashboard", "what | figure", "{x}", {name: {"x": x} for name, x in rows.items()})
     table("texts in blocks: likelier texts are not always better ones, so see the divergence, too",
@@ -136,18 +146,20 @@ def shown(found, speed):
         speeds, kls = zip(*((row["tokens_per_s"], row["kl"]) for key, row in blocks.items()
                             if key.startswith(f"block {n},")))
         a.plot(speeds, kls, "o-", label=f"blocks of {n}")
-    a.set(title="quality against speed, by calls per block", xlabel="tokens per second", xscale="log",
+    a.set(title="quality against speed, by calls", xlabel="tokens per second", xscale="log",
           ylabel="bigram divergence, nats")
+    a.set_xticks([1000, 3000, 10000, 30000], labels=["1k", "3k", "10k", "30k"])
+    a.minorticks_off()
     a.legend()
     b.plot(LEVELS, [100 * x for x in free["right"]], "o-", label="tokens right, %")
     if None not in free["bleu"]:
         b.plot(LEVELS, free["bleu"], "s-", label="BLEU, %")
-    b.set(title="texts from denoised embeddings, nucleus 0.9", xlabel="noise level")
+    b.set(title="from denoised embeddings", xlabel="noise level")
     b.legend()
     c.barh(list(speed), list(speed.values()))
-    c.set(title="one of 50 denoising steps at 512 tokens, ms")
+    c.set(title="a denoising step at 512 tokens, ms")
     words = ["", "_shuffled", "_no_latent"]
     d.bar(["its own", "another's", "none"], [z[f"text_nats{word}"] for word in words])
-    d.set(title="text given a latent: bound, nats per byte",
+    d.set(title="text given a latent: nats per byte",
           ylim=(0.95 * min(z[f"text_nats{word}"] for word in words), None))
     save_figure("dashboard", figure)
