@@ -119,16 +119,15 @@ def shown(found, speed):
     z, frozen = found["latents"], found["latents, backbone frozen"]
     free, blocks, before = found["embeddings"], found["blocks"]["pareto"], found["next token"]["perplexity"]
 
-    def with_frozen(form):
-        """A figure of `latents`, and in brackets with the backbone frozen."""
-        return f"{form.format(**z)} ({form.format(**frozen)})"
+    def with_frozen(figure):
+        """figure(run) of `latents`, and in brackets with the backbone frozen."""
+        return f"{figure(z)} ({figure(frozen)})"
     mauve = f"{free['mauve']:.3f}" if "mauve" in free else "none (pip install mauve-text)"
-    for run in (z, frozen):
-        run["part"] = run["latent_mse"] / run["latent_mse_of_mean"]
-    rows = {"latent from text, squared error, of the mean's (backbone frozen)": with_frozen("{part:.3f}"),
+    rows = {"latent from text, squared error, of the mean's (backbone frozen)":
+                with_frozen(lambda run: f"{run['latent_mse'] / run['latent_mse_of_mean']:.3f}"),
             "text from its latent, BLEU / chrF": f"{z.get('bleu', 0):.2f} / {z.get('chrf', 0):.1f}",
             f"perplexity per byte of next tokens, {before:.2f} before latents, after (backbone frozen)":
-                with_frozen("{perplexity:.2f}"),
+                with_frozen(lambda run: f"{run['perplexity']:.2f}"),
             "texts from noise, 50 steps, top_p 0.9: nats per byte (of held-out text)":
                 f"{free['nats']:.2f} ({found['next token']['nats']:.2f})",
             "... their bigrams' divergence": f"{free['kl']:.3f}",
