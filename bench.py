@@ -110,7 +110,7 @@ def quality(suite, runs, measure=lambda name, folder: {}, names=None, work=""):
     """Train those of `runs`, {name: Run}, that the suite's JSON file lacks, and keep there at once what their
     logs say and measure() finds. names: only these, and what they start from; work: the folder where the runs
     stay. -> {name: figures} of all in the file."""
-    found = earlier(suite)
+    found = earlier(suite).get("runs", {})
 
     def figures(name):
         with contextlib.nullcontext(work) if work else tempfile.TemporaryDirectory() as place:
@@ -154,19 +154,20 @@ def where(suite, /, processor="", vector=None, **_):
     return os.path.join(out, ".".join(filter(None, parts)))
 
 def write(suite, result):
-    """Keep a suite's figures as JSON -> its path."""
+    """Keep a suite's figures as JSON, beside those of its runs that stand there -> its path."""
     os.makedirs(out, exist_ok=True)
+    result = (earlier(suite) if "runs" in result else {}) | result
     head = {"suite": suite, "torch": torch.__version__, "threads": torch.get_num_threads()}
     with open(where(suite, **result), "w") as f:
         json.dump(head | result | head, f, indent=1)
     return f.name
 
 def earlier(suite):
-    """{name: figures} of the runs of an earlier, perhaps unfinished suite."""
+    """All figures of an earlier, perhaps unfinished suite."""
     if quick or not os.path.exists(where(suite)):
         return {}
     with open(where(suite)) as f:
-        return json.load(f)["runs"]
+        return json.load(f)
 
 def spread(values, digits=4):
     """Mean and standard deviation as text."""
@@ -216,8 +217,6 @@ def save_figure(name, figure):
     os.makedirs(out, exist_ok=True)
     figure.savefig(path := where(name).removesuffix("json") + "png", dpi=100)
     print(f"  picture: {path}")
-
-# ---- quality ----
 
 BITS = {"bits": "bits_per_char", "se": "bits_per_char_se"}
 

@@ -107,9 +107,9 @@ def gaussian_tables(found, whole, parts, divergence):
     for name in ("gaussian, seed 1337", "evidence, seed 1337"):
         table(f"{name}: divergence by sampling steps (DDIM)", "steps | divergence", "{kl:.3f}",
               {key[4:-6]: {"kl": kl} for key, kl in found.get(name, {}).items() if key.endswith("steps")})
-    curves = {name: zip(*found[name]["curve"]) for name in parts if name in found}
+    curves = {name: found[name]["curve"] for name in parts if name in found}
     if curves:
-        plot("gaussian", "tokens that round rightly at t = 0.5", curves)
+        plot("gaussian", "share of tokens that round rightly at t = 0.5", curves)
 
 @torch.no_grad()
 def denoising_ms():
@@ -127,13 +127,19 @@ def denoising_ms():
     return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
 
 def plot(name, title, curves):
-    """{label: (steps, values)} as out/NAME.png, if matplotlib is there."""
+    """{label: [(step, value), ...]} as out/NAME.png, if matplotlib is there: the first in black, in colour the
+    six that end farthest from it, the others in grey."""
     plt = pyplot()
     if plt is None:
         return
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (label, (steps, values)) in enumerate(curves.items()):
-        ax.plot(steps, values, "-" if i < 10 else "--", label=label)        # there are ten colours
-    ax.set(title=title, xlabel="step")
-    ax.legend(fontsize=10, ncols=2)
+    end = {label: curve[-1][1] for label, curve in curves.items()}
+    first, *others = curves
+    apart = sorted(others, key=lambda label: -abs(end[label] - end[first]))[:6]
+    for label in set(others) - set(apart):
+        ax.plot(*zip(*curves[label]), color="0.8", linewidth=1)
+    for label in sorted([first, *apart], key=end.get, reverse=True):
+        ax.plot(*zip(*curves[label]), label=label, **{"color": "black"} if label == first else {})
+    ax.set(title=title, xlabel="step", ylim=0)
+    figure.legend(loc="outside right upper")
     save_figure(name, figure)

@@ -69,7 +69,7 @@ def suite():
     table("one network for all modes, bits per character", "network | next token | block 4 | block 16 | row",
           "{bits 1} | {bits 4} | {bits 16} | {bits all}", modes)
     if bench.only not in ("", "pace"):
-        return {"runs": found, "ms": {}}
+        return {"runs": found}
     more = ["--eval_iters=1", f"--max_iters={20 if bench.quick else 50}"]
     names = [f"{name}, bell" for name in ("bidirectional", "alternate", "alternate, soft masks, loops=2",
                                           "attention", "attention, soft masks, loops=2", "mixture")]
