@@ -127,8 +127,8 @@ def denoising_ms():
     return {name: ms / options["steps"] for name, ms in alternated(jobs, 3).items()}
 
 def plot(name, title, curves):
-    """{label: [(step, value), ...]} as out/NAME.png, if matplotlib is there: the first in black, in colour the
-    six that end farthest from it, the others in grey."""
+    """{label: [(step, value), ...]} as out/NAME.png, if matplotlib is there: the first in black, in colour
+    the six that end farthest from it, the others in grey."""
     plt = pyplot()
     if plt is None:
         return
