@@ -1016,7 +1016,7 @@ def text_files(data_path, pattern=PATTERN):
 
 def progress(found, what):
     """A progress bar over the bytes of files."""
-    return tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=what)
+    return tqdm(total=sum(size for _, size, _ in found), unit="B", unit_scale=True, desc=what, disable=None)
 
 class Region(NamedTuple):
     """Bytes begin..end of a text file. closed: the end of text comes after it."""
@@ -1235,7 +1235,7 @@ def tokenize(data_path="", tokenizer="byte", max_length=128, local_files_only=Tr
         for old in folder.glob("*.npz"):
             if re.fullmatch(r"\d{6}\.npz", old.name):       # what this command writes, nothing else
                 old.unlink()
-        for i, part in enumerate(in_chunks(tqdm(mine, desc=f"{split} tokens", unit="text"))):
+        for i, part in enumerate(in_chunks(tqdm(mine, desc=f"{split} tokens", unit="text", disable=None))):
             ids, mask = np.zeros((len(part), max_length), np.uint32), np.zeros((len(part), max_length), bool)
             for text, x, m in zip(part, ids, mask):
                 row = tok.encode(text)[:max_length]
@@ -1291,7 +1291,7 @@ def fit_projection(chunks, dim):
 def write_latents(out, dim, chunks):
     """chunks(split) -> (texts, vectors (n,F)), chunk by chunk. Writes to `out` the texts with `dim` principal
     components of their vectors -> the Projection, [number of texts of each split]."""
-    components = tqdm(chunks("train"), desc="components", unit="chunk")
+    components = tqdm(chunks("train"), desc="components", unit="chunk", disable=None)
     projection = fit_projection((x for _, x in components), dim)
     counts = [write_pairs(out, split, projection, chunks(split)) for split in PAIRS]
     save_arrays(Path(out, "projection.npz"), **projection._asdict())
@@ -1303,7 +1303,7 @@ def write_pairs(out, split, projection, chunks):
     folder.mkdir(parents=True, exist_ok=True)
     with written(Path(out, f"{split}_data.json")) as f:
         f.write(b"[")
-        for texts, x in tqdm(chunks, desc=f"{split} latents", unit="chunk"):
+        for texts, x in tqdm(chunks, desc=f"{split} latents", unit="chunk", disable=None):
             for text, latent in zip(texts, projection(x)):
                 np.save(folder / f"{n:06d}.npy", latent)
                 entry = {"text": text, "latent_path": f"latents/{split}/{n:06d}.npy"}
@@ -1367,7 +1367,7 @@ def fetch(name, address, size, digest):
     got = bytearray()
     try:
         with (urllib.request.urlopen(address, timeout=30) as r,
-              tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar):
+              tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar):
             while len(got) <= size and (block := r.read(1 << 16)):
                 got += block
                 bar.update(len(block))

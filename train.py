@@ -794,7 +794,7 @@ def main(cfg):
     flops, peak = 3 * nets.flops_per_token(model.cfg, cfg.seq_len), world * nets.product_flops(device, kind)
 
     bar = tqdm(range(start, cfg.max_iters), initial=start, total=cfg.max_iters, unit="step",
-               disable=not run.lead, dynamic_ncols=True)
+               disable=not run.lead, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     stop, clock, since, positions = Stop(), time.perf_counter(), start, 0
     for step in bar:
         if world > 1 and os.getppid() != parent:
