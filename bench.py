@@ -141,7 +141,7 @@ def by_name(found):
     names = {}
     for name, figures in found.items():
         for key, value in figures.items():
-            names.setdefault(name.rpartition(", seed ")[0], {}).setdefault(key, []).append(value)
+            names.setdefault(name.rpartition(", seed ")[0] or name, {}).setdefault(key, []).append(value)
     return names
 
 def chosen(names):

@@ -1318,7 +1318,7 @@ def save_arrays(path, **arrays):
     np.savez(content, **arrays)
     replace_file(path, content.getbuffer())
 
-def train_bpe(data_path="", vocab_size=4096, out=""):
+def train_bpe(data_path="", vocab_size=4096, out="", pattern=PATTERN):
     """Byte-level BPE (any text comes back as it was) of the tokenizers library; <|endoftext|> is id 0."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -1330,7 +1330,7 @@ def train_bpe(data_path="", vocab_size=4096, out=""):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(read_all(text_files(data_path)[0], "words"), trainer)
+    bpe.train_from_iterator(read_all(text_files(data_path, pattern)[0], "words"), trainer)
     replace_file(out, bpe.to_str().encode())
     print(f"{out}: {bpe.get_vocab_size()} tokens; try: python train.py --data_path={data_path} "
           f"--tokenizer=bpe:{out}")

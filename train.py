@@ -437,7 +437,7 @@ def set_trainable(cfg, model, step, unused=""):
     names = [name for name, _ in model.named_parameters()]
     frozen = named(names, "freeze", cfg.freeze)
     if cfg.freeze_backbone:
-        frozen |= backbone(cfg, names)
+        frozen |= backbone(cfg, model.cfg, names)
     if step >= cfg.unfreeze_after_steps:
         frozen -= named(names, "unfreeze_patterns", cfg.unfreeze_patterns)
     if unused:
@@ -460,12 +460,13 @@ def named(names, key, patterns):
         found |= set(mine)
     return found
 
-def backbone(cfg, names):
+def backbone(cfg, net, names):
     """What freeze_backbone freezes, so that finished text is read as before. The embeddings are not among it:
     one row of them, the mask's, must learn (mask_row_only)."""
-    learn = {"emb.weight"}
-    if cfg.train_lm_head or not cfg.use_rwkv_lm_head:
-        learn.add("head.weight")
+    if net.fusion == "concat" and "block" in net.direction:
+        raise ValueError("freeze_backbone=1 with fusion=concat would change finished text: use fusion=gate")
+    head = cfg.train_lm_head or not cfg.use_rwkv_lm_head
+    learn = {"emb.weight", "head.weight"} if head else {"emb.weight"}
     added = lambda name: any(part in name for part in nets.ADDED) and not name.endswith("fuse.w_f")
     return {name for name in names if name not in learn and not added(name)}
 

@@ -65,13 +65,15 @@ def test_conversion_with_a_frozen_backbone_leaves_next_tokens_bit_equal(pretrain
     ok(run("data.py", "train-bpe", "--data_path=t.txt", "--vocab_size=300", "--out=bpe.json"))
     small = ["--tokenizer=bpe:bpe.json", "--data_path=t.txt", "--seq_len=32", "--batch_size=4", "--eval_iters=1", "--dtype=fp32", "--wkv_impl=torch"]
     before = ok(run("train.py", "--train=0", "--init_from=official.pth", "--objective=ar", "--out_dir=eval", *small))
+    done = run("train.py", os.path.join(ROOT, "config/convert.py"), "--init_from=official.pth", "--fusion=concat", *small)
+    assert done.returncode == 2 and "use fusion=gate" in done.stderr.splitlines()[-1]      # its weights of the forward scan would learn
     ok(run("train.py", os.path.join(ROOT, "config/convert.py"), "--init_from=official.pth", "--max_iters=4", "--adapter_rank=4", *small))
     saved = load_checkpoint(str(tmp_path / "out/ckpt.pt"))
     after = from_pretrained(str(tmp_path / "out/ckpt.pt"), saved).eval()
     for name, p in pretrained.state_dict().items():
         assert torch.equal(saved["model"][name][:len(p) - (name == "emb.weight")], p[:len(p) - (name == "emb.weight")]), name
-    moved = {part for part in (".back.", ".fuse.w_b", ".up") for name in saved["model"] if part in name and saved["model"][name].any()}
-    assert moved == {".back.", ".fuse.w_b", ".up"}
+    moved = {part for part in (".back.", ".fuse.gate", ".up") for name in saved["model"] if part in name and saved["model"][name].any()}
+    assert moved == {".back.", ".fuse.gate", ".up"}
     x = torch.randint(300, (3, 32))
     with torch.no_grad():
         nats = [diffusion.NextToken(diffusion.DiffusionConfig(objective="ar"), net.cfg).bound(net, x) for net in (pretrained, after)]
