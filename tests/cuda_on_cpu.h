@@ -6,6 +6,7 @@
 // Shared memory starts as NaN, and it is an error to write past its end, to wait where others of the warp or block never will, or
 // to leave a kernel while others wait.
 #pragma once
+#undef _FORTIFY_SOURCE    // Ubuntu sets it, and it takes every jump to another fibre for a fault
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>

@@ -30,7 +30,7 @@ def emulated():
     """The kernels compiled for the CPU, loaded as the library of those for GPUs."""
     tests = Path(ROOT, "tests")
     sources = [*KERNELS.glob("*.cu"), KERNELS / "bindings.cpp", tests / "emulator.cpp"]
-    flags = ["-O1", "-x", "c++", "-include", str(tests / "cuda_on_cpu.h"), "-DDEVICE=CPU", loader.TARGET]
+    flags = ["-O1", "-D_FORTIFY_SOURCE=2", "-x", "c++", "-include", str(tests / "cuda_on_cpu.h"), "-DDEVICE=CPU", loader.TARGET]
     return ctypes.CDLL(str(loader.compiled("emulated", sources, flags, with_cuda=False)))
 
 

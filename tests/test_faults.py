@@ -244,7 +244,8 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, damage, request
             f"torch.ops.load_library = lambda path: None; loader.compiled({name!r}, [pathlib.Path({str(source)!r})], ['-O0'])")
     for said in ("built the", ""):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0 and said in done.stderr and (said or not done.stderr) and built.stat().st_size == size
+        lines = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]      # torch's, without a GPU
+        assert done.returncode == 0 and said in "".join(lines) and (said or not lines) and built.stat().st_size == size
 
 
 # ---- C. files that are well formed and wrong inside ----
