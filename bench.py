@@ -20,8 +20,7 @@
     python bench.py --suite=curves out*/log.jsonl      logs side by side: is my loss normal?
     python bench.py --suite=gpu         kernels against float64, speed and its limits, training, generation
 
-A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew.
-"""
+A training run whose figures stand in its suite's JSON file is not repeated; another --out begins anew."""
 from configurator import script
 
 if __name__ == "__main__":

@@ -102,8 +102,7 @@ def configure(*groups, choices={}, families=FAMILIES, first=(), ignored=(), argv
     prefix     of names in the environment, except those of `families`: plain words are other programs', too
     adjust     called with the Settings before they are printed, for defaults that depend on others
     show       print every key that is not at its default; False: only what was taken from the environment
-    SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits.
-    """
+    SettingError for what a user can cause, AssertionError for what only the programmer can. --help exits."""
     argv = sys.argv[1:] if argv is None else argv
     env = os.environ if env is None else env
     choices = {key: list(names) for key, names in choices.items()}

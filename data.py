@@ -12,8 +12,7 @@ place in the global batch, so accumulation, several processes and a resumed run 
     python data.py latents --data_path=TEXT --out=FOLDER           texts with 32 latents each, without a model
     python data.py project --data_path=FOLDER --out=FOLDER2        an embedder's 1024 dimensions to 32 latents
     python data.py tokenize --data_path=FOLDER2 --tokenizer=byte   their tokens
-    python data.py download shakespeare                            or text8, or gpt2 (its vocabulary)
-"""
+    python data.py download shakespeare                            or text8, or gpt2 (its vocabulary)"""
 from configurator import script
 
 if __name__ == "__main__":
@@ -192,8 +191,7 @@ class TaskSource:
     """A synthetic task of tasks.TASKS: only the answer may be masked. `params`: the task's, of tasks.params.
 
     Rows are padded with # to T. The padding is told by `lengths`, not by its token, and the network passes
-    over it; with `trim`, columns that are padding in every row are cut off, since they can change nothing.
-    """
+    over it; with `trim`, columns that are padding in every row are cut off, since they can change nothing."""
     kind, objective, latent_dim, projection = "task", "task", 0, None
 
     def __init__(self, name, params, T, trim=True):
@@ -251,8 +249,7 @@ class PairSource:
 
     use_latents=False leaves the latents out. skip_missing: texts whose latent file is missing are left out
     and counted. ValueError for missing, truncated or pickled files, for NaN, latents of several dimensions,
-    and token files of another number of texts.
-    """
+    and token files of another number of texts."""
     kind, objective = "pairs", "stage1_coupling"
     chars_per_token = bytes_per_token = math.nan
 
@@ -911,8 +908,7 @@ class Tokenizer:
     """Text <-> ids. kind: a row of KINDS, or rwkv:FILE or bpe:FILE; alphabet: the characters of `char`.
 
     encode(str) -> 1-D array of ids, or ValueError; vocab_size; eot_id, the id of end of text or None;
-    state(), of str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError.
-    """
+    state(), of str only, is what a checkpoint keeps: Tokenizer(**state) is the same one, or a ValueError."""
 
     def __init__(self, kind, alphabet="", file="", **state):
         self.kind, colon, given = kind.partition(":")
@@ -1094,8 +1090,7 @@ def prepare(data_path="", tokenizer="", out="", val_share=0.1, shard_tokens=100_
     tokenizer: byte (the default), char, gpt2, rwkv, rwkv:FILE or bpe:FILE. Of a folder those files are read
     whose names fit the pattern; of .jsonl files the "text" of each line. Line ends become \\n, a byte order
     mark is left out. After each file of a folder and each text of a .jsonl file comes the end of text, if the
-    tokenizer has one.
-    """
+    tokenizer has one."""
     if not out:
         raise ValueError("--out is missing: give the folder to write")
     found, others = text_files(data_path, pattern)

@@ -6,8 +6,7 @@ finished_text=False, block_states=None, block_size=None, targets=None) that retu
 (B,T,V) and `state`, such as model.Denoiser; only block diffusion uses four of these. With targets it may
 give `nats` (B,T), their cross-entropies, in place of logits. Gaussian diffusion calls it as
 (x_t (B,T,C), t (B,T), x0_guess=estimate or None, lengths=None) and reads `vector` (B,T,C) or `logits`.
-Randomness is passed in.
-"""
+Randomness is passed in."""
 import functools
 import math
 from dataclasses import dataclass, fields, replace
@@ -89,8 +88,7 @@ def spans(u, maskable, span):
     1907.10529).
 
     Each token is still masked with probability m(t): whether a run begins is told by a uniform number of its
-    own.
-    """
+    own."""
     begins = second_uniform(u) < 1 / span
     begins[:, 0] = True
     first = torch.where(begins, torch.arange(u.shape[1]), 0).cummax(1).values
@@ -146,8 +144,7 @@ def stratified(n, generator):
 class Draw:
     """The random numbers of one step for rows lo..hi of the global batch of B rows of T tokens.
 
-    They are drawn for all B rows, so that a row's noise does not depend on which process has it.
-    """
+    They are drawn for all B rows, so that a row's noise does not depend on which process has it."""
 
     def __init__(self, generator, B, lo, hi, T):
         self.generator, self.B, self.mine, self.T = generator, B, slice(lo, hi), T
@@ -181,8 +178,7 @@ def exact_count(maskable, generator):
 
     Draws the number of masked tokens k uniformly from 1..n (stratified over the rows), masks k of them at
     random, and takes the mean over those k (LLaDA, arXiv 2502.09992, eq. 14): equal in expectation to the
-    integral over t of the ELBO under every schedule, with far less variance than random mask rates.
-    """
+    integral over t of the ELBO under every schedule, with far less variance than random mask rates."""
     levels = stratified(len(maskable), generator)
     levels = levels[torch.randperm(len(levels), generator=generator)]      # each row can get each level
     k = (levels * maskable.sum(1)).ceil().clamp(min=1)
@@ -227,8 +223,7 @@ class Predicted(NamedTuple):
 class Objective:
     """One way to train and to use a network. A new one: a subclass and its row in OBJECTIVES.
 
-    cfg: DiffusionConfig; net_cfg: the network's ModelConfig; steps: of the whole training, for schedules.
-    """
+    cfg: DiffusionConfig; net_cfg: the network's ModelConfig; steps: of the whole training, for schedules."""
     defaults = {}            # of other settings, where the user gives none
     sources = ("text", "task")  # kinds of data that it can learn from
     sampler = "confidence"   # the row of SAMPLERS that is used unless another one is asked for
@@ -310,8 +305,7 @@ class Objective:
         or ().
 
         A loss is a sum divided by its denominator, which is summed over the whole global batch: so it is the
-        same however the batch is cut into micro-batches and processes.
-        """
+        same however the batch is cut into micro-batches and processes."""
         raise NotImplementedError
 
     def loss(self, net, batch, step):
@@ -537,8 +531,7 @@ class Blocks(Masked):
 
         One clean pass gives the state at each block's start; all noisy blocks then go on from there at once,
         as B * ceil(T / n) short rows. A block sees exactly what it sees when a text is generated block by
-        block.
-        """
+        block."""
         return self.passes(net, x, masked, lengths, soft, targets)[0]
 
     def passes(self, net, x, masked, lengths=None, soft=True, targets=None, following=None):
@@ -548,8 +541,7 @@ class Blocks(Masked):
         noisy = mask_tokens(x, masked, self.mask_id)
         if n >= T:
             return self.predict(net, noisy, soft, lengths=lengths, block_size=n, targets=targets), None
-        unread = torch.full_like(x, NONE)                  # the pass is for its states
-        clean = net(x, block_states=n, targets=unread if following is None else following)
+        clean = net(x, block_states=n, targets=x[:, :0] if following is None else following)
         rows = lambda z, fill: z if z is None else F.pad(z, (0, -T % n), value=fill).view(-1, n)
         if lengths is None and T % n:
             lengths = x.new_full((B,), T)
@@ -721,8 +713,7 @@ def abar(t, cfg):
 
     With noise_shift the signal-to-noise ratio is divided by its square (simple diffusion, arXiv 2301.11093,
     section 2.1). An embedding of C channels can be told from V others in noise of sqrt(C / 2 ln V) times its
-    amplitude: unshifted, most levels teach nothing.
-    """
+    amplitude: unshifted, most levels teach nothing."""
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"noise level t={t.min().item():.4g} ... {t.max().item():.4g} is not allowed: give "
                          "values in (0, 1]; 0 is for what is given")
@@ -782,8 +773,7 @@ def estimate(net, x_t, t, table, cfg, **options):
     The network gets a x_t, the best linear guess of x_0, so that what is all noise does not drown what is
     known (as EDM's c_in, arXiv 2206.00364, section 5). With token_evidence it gets the best guess of all from
     x_t alone, and log p(x_t | token), up to a constant, is added to its logits: it learns what context tells.
-    With noise_spread, too, a token between noise and text is seen by none but its own evidence.
-    """
+    With noise_spread, too, a token between noise and text is seen by none but its own evidence."""
     a, s = amplitudes(t, cfg)
     x_in, evidence = a * x_t, 0.0
     if cfg.token_evidence:
@@ -826,8 +816,7 @@ class Gaussian(Objective):
 
     What may not be masked is given without noise; in a text, where all may, a random share is given, which
     mask_policy chooses. A share drop_given of the rows is noised whole and has no latent, so that guidance
-    has something to compare with.
-    """
+    has something to compare with."""
     defaults = dict(gaussian=True, direction="bidirectional", time_cond="adaln_zero", tie_embeddings=True)
     sources, modes, sampler, latent_sampler = ("text", "task", "pairs"), ("l2t",), "ddim", "ddim"
     gaussian, uses_all, soft = True, False, True
@@ -989,8 +978,7 @@ def gaussian_report(net, x, masked, lengths, generator, cfg, **latent):
     At each of LEVELS: each loss term; round_acc, the share of tokens that the estimated x_0 rounds to
     rightly; drift and cosine, the distance of x_0 to the nearest embedding (in embedding lengths) and the
     cosine with it. And the lengths of the raw embeddings and their largest mean cosine. val_loss is the mean
-    over the levels. latent: latent=(B,D), normalised, to be given.
-    """
+    over the levels. latent: latent=(B,D), normalised, to be given."""
     table, found, alarm, losses = net.table(), {}, "", []
     for level in LEVELS:
         numbers, token = at_level(net, x, masked, lengths, level, table, generator, cfg, **latent)
@@ -1243,8 +1231,7 @@ def latent_report(net, x, lengths, z, generator, cfg, n=64):
 
     text_nats: the bound on the text (as exact_count) with its own latent, with another row's (shuffled), with
     none. The rest: encoder_report for a network with a Stage II encoder, whose mu is then z, else
-    prediction_report.
-    """
+    prediction_report."""
     B, T = x.shape
     if net.latent_encoder is not None:
         found, z = encoder_report(net, x, lengths, n)
@@ -1302,8 +1289,7 @@ def draw(logits, temperature, top_k, top_p, generator):
 
     Gumbel-max in float64: in float32 the noise is cut off, which lowers entropy (arXiv 2409.02908).
     temperature 0 = argmax. top_k and top_p (nucleus, arXiv 1904.09751) leave out what is unlikely at
-    temperature 1; 0 and 1 leave out nothing.
-    """
+    temperature 1; 0 and 1 leave out nothing."""
     logits = logits.double()
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -1349,8 +1335,7 @@ def decode(rule, net, x, known, mask_id, generator, steps=0, threshold=0.95, tem
     rule(sure (B,T) probabilities of the draws, masked (B,T), pace (B,), left, generator, threshold) -> (B,T)
     bool, what to keep; pace: tokens that a row must decide in this call to be done in `steps` calls (0: one
     per token); left: calls to go, this one included. soft: each call sees in the masks what the one before
-    predicted. watch(x, fresh, sure) is called after every step, fresh (B,T) the tokens just decided.
-    """
+    predicted. watch(x, fresh, sure) is called after every step, fresh (B,T) the tokens just decided."""
     x, masked = mask_tokens(x, ~known, mask_id), ~known
     first = masked.sum(1)
     calls, call, before = steps or int(first.max()), 0, {}
@@ -1396,7 +1381,7 @@ def prefix_length(known):
 
 def read(net, x, **options):
     """The state after finished text x (B,T): no logits are made for that."""
-    return net(x, finished_text=True, targets=torch.full_like(x, NONE), **options).state
+    return net(x, finished_text=True, targets=x[:, :0], **options).state
 
 @dataclass
 class Context:
@@ -1546,8 +1531,7 @@ def denoise_vectors(rule, net, x, known, mask_id, generator, cfg=None, steps=0, 
     every estimate of x_0 goes to its nearest embedding (Diffusion-LM, arXiv 2205.14217, section 4.2).
     guidance: on x_0, the unconditional side having what is given noised, too, and no latent. temperature 0
     rounds to the nearest embedding, otherwise tokens are drawn from the last estimate's logits (top_k,
-    top_p).
-    """
+    top_p)."""
     check_guidance(guidance, cfg)
     steps, table = descent(cfg, noise_steps(cfg, steps)), net.table()
     given, clean = known.unsqueeze(-1), F.embedding(x.masked_fill(~known, 0), table)
@@ -1614,8 +1598,7 @@ def sample_text_from_latent(net, z, length, generator, cfg, sampler="first_hitti
     temperature, top_k, top_p, watch).
 
     x (B,length), known (B,length) bool: tokens that are given besides. ValueError for z of another dimension,
-    for guidance on a network trained with drop_given=0.
-    """
+    for guidance on a network trained with drop_given=0."""
     check_guidance(guidance, cfg)
     z = clean_latent(net, z)
     if x is None:
@@ -1633,8 +1616,7 @@ def sample_latent_from_text(net, x, generator, cfg, steps=0, eta=0.0, guidance=1
 
     temperature: factor on the noise it starts from (0: near the mean of what fits the text). guidance: the
     unconditional side has the text masked. A Stage II network samples q(z|x), whose deviation temperature
-    scales.
-    """
+    scales."""
     check_guidance(guidance, cfg)
     noise = torch.randn(len(x), len(net.latent_prefix.mean), generator=generator).to(x.device)
     if net.latent_encoder is not None:
@@ -1658,8 +1640,7 @@ def sample_joint(net, rows, length, generator, cfg, steps=0, lead=1.0, rule="fir
     lead: 1 = the latent first, in half of the calls, then the text in the other half; 0 = both from noise to
     clean at one pace; between, the latent is that much ahead. rule: confidence, topk, ancestral or
     first_hitting, which tokens are kept. guidance: each against a network that sees nothing of the other. A
-    Stage II network draws z from its prior, then the text from z.
-    """
+    Stage II network draws z from its prior, then the text from z."""
     device, D = net.latent_prefix.mean.device, len(net.latent_prefix.mean)
     steps = noise_steps(cfg, steps, default=64)
     x = torch.full((rows, length), net.mask_id, device=device)

@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -83,6 +84,9 @@ class Carry(NamedTuple):
     v_first_back: Optional[Tensor] = None  # (B * blocks, n, C), those of backward scans
     seeds: Optional[list] = None           # DW-JRT: final WKV states (B,H,N,N) of the layer below, by block
     view: Optional[tuple] = None           # Attention.view, from the first attention layer
+
+    def but(self, **new):      # of _replace torch.compile makes an empty tuple (torch 2.11)
+        return Carry(**self._asdict() | new)
 
 class Output(NamedTuple):
     logits: Optional[Tensor]   # (B,T,V), no column for the mask: it cannot be predicted; None with targets
@@ -418,8 +422,7 @@ class Mixer(nn.Module):
 
     x: (B,T,C), normed and conditioned; state: the layer's LayerState after the tokens before x, or None;
     seq: the Sequence that x is; carry: the Carry of the layer below. y: (B,T,C), to be added to the residual;
-    mix, shift: the new LayerState's mix and att_shift, or None; carry: for the layer above.
-    """
+    mix, shift: the new LayerState's mix and att_shift, or None; carry: for the layer above."""
     directions = ("bidirectional", "causal", "block")      # what it can do; the first: what it does by itself
     wants_time = False                                     # does it use seq.time?
 
@@ -524,16 +527,16 @@ class RWKV7(Mixer, Scan7):
         if seq.block_states:                           # states at block starts are rows of their own
             s = s[:, :-(-seq.T // seq.block_states)].flatten(0, 1)
         if seq.seeded:
-            carry = carry._replace(seeds=ends)
+            carry = carry.but(seeds=ends)
         if carry.v_first is None:
-            carry = carry._replace(v_first=v)
+            carry = carry.but(v_first=v)
         if self.fuse and seq.finished_text:
             y = self.fuse(y, torch.zeros_like(y))
         elif self.fuse:
             z, _, v = self.back.mix(seq.reverse(x), None, seq.back_valid, carry.v_first_back,
                                     **seq.turned(seq.back_turn))
             if carry.v_first_back is None:
-                carry = carry._replace(v_first_back=v)
+                carry = carry.but(v_first_back=v)
             y = self.fuse(y, seq.unreverse(z))
         return self.output(y, seq.finished_text), s, seq.last(x, last), carry
 
@@ -546,9 +549,9 @@ class RWKV7(Mixer, Scan7):
             s0, leak = self.start(None, torch.stack(carry.seeds, 1).flatten(0, 1))
         y, s, _ = self.mix(seq.reverse(x), None, seq.back_valid, v_first, seq.finished_text,
                            **seq.turned(seq.back_turn, s0=s0, leak=leak))
-        carry = carry._replace(v_first_back=v_first)
+        carry = carry.but(v_first_back=v_first)
         if seq.seeded:
-            carry = carry._replace(seeds=list(s.unflatten(0, (seq.B, -1)).unbind(1)))
+            carry = carry.but(seeds=list(s.unflatten(0, (seq.B, -1)).unbind(1)))
         return self.output(seq.unreverse(y), seq.finished_text), None, None, carry
 
     def start(self, s0, seed):
@@ -628,7 +631,7 @@ class Attention(Mixer):
             rows = x.unflatten(0, (past.keys.shape[0], -1)).flatten(1, 2)
         if carry.view is None:
             view = self.view_of_blocks if in_blocks else self.view
-            carry = carry._replace(view=view(rows, past, seq))
+            carry = carry.but(view=view(rows, past, seq))
         turn, real, mask, causal = carry.view
         projections = (self.query, self.key, self.value)
         q, k, v = (f(rows).unflatten(-1, (self.H, self.N)).transpose(1, 2) for f in projections)
@@ -876,7 +879,7 @@ class Block(nn.Module):
 def norm(cfg):
     return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
 
-MOST_LOGITS = 1 << 25       # as many stand in memory at a time while a loss is computed
+MOST_LOGITS = 1 << 25       # so many stand in memory at a time while a loss is computed, on a GPU 8 times
 
 class Denoiser(nn.Module):
     """Predicts every token of a partly masked sequence.
@@ -901,8 +904,7 @@ class Denoiser(nn.Module):
     block_size: tokens in a block in this pass, where there are blocks; None: cfg.block_size.
     x0_guess: where cfg.self_cond, an estimate of the clean embeddings (B,T,C), without cfg.gaussian logits
     (B,T,V) of the clean tokens; None for none.
-    targets: (B,T) ids, -1 for none: their cross-entropies are wanted in place of logits.
-    """
+    targets: (B,T) ids, -1 for none: their cross-entropies are wanted in place of logits; (B,0): neither."""
 
     recompute = False           # activation checkpointing, of blocks
 
@@ -1079,7 +1081,7 @@ class Denoiser(nn.Module):
                 prefix, has_latent = h.new_zeros(len(h), P, cfg.n_embd), h.new_ones(len(h))
             latent = self.latent_head(prefix * has_latent[:, None, None], text).float()      # (B,D)
         logits = self.logits(shown) if targets is None else None                 # (B,T,V)
-        nats = None if targets is None else self.nats(shown, targets)            # (B,T)
+        nats = self.nats(shown, targets) if targets is not None and targets.shape[1] else None     # (B,T)
         return Output(logits, nats, h, latent, self.vector(h) if cfg.gaussian else None, states)
 
     def logits(self, h):
@@ -1092,7 +1094,7 @@ class Denoiser(nn.Module):
         """h (B,T,C), targets (B,T), -1 for none -> their cross-entropies (B,T), 0 for none. Logits are made
         for a part of them at a time, MOST_LOGITS numbers, and once more for backward: all would be 1 GiB for
         4,096 tokens of 65,536."""
-        where, n = targets >= 0, max(1, MOST_LOGITS // self.cfg.vocab_size)
+        where, n = targets >= 0, max(1, MOST_LOGITS * (8 if h.is_cuda else 1) // self.cfg.vocab_size)
         parts = list(zip(h[where].split(n), targets[where].split(n)))
         part = lambda h, ids: F.cross_entropy(self.logits(h), ids, reduction="none")
         if len(parts) > 1 and torch.is_grad_enabled():
@@ -1224,8 +1226,7 @@ def parameter_kinds(model):
 
     kind: emb, head (also a tied embedding), matrix (a block's big ones), norm (and biases), scalar (DW-JRT
     gates), vector (all else: shifts, low-rank paths). As in RWKV-LM's train_temp, w0 learns at twice the rate
-    and weight decay touches only `.weight` matrices.
-    """
+    and weight decay touches only `.weight` matrices."""
     def kind(name):
         if name in ("emb.weight", "head.weight"):
             return "head" if model.cfg.tie_embeddings else name.split(".")[0]
@@ -1543,6 +1544,42 @@ def compile_blocks(model, on=True):
     for block in model.blocks:
         block._compiled_call_impl = compiled(block._call_impl) if on else None
 
+class Replayed:
+    """A network's forward for samplers on a GPU, whose kernels end before Python has started the next: of
+    each shape the first call runs as ever, the second is recorded (a CUDA graph), the others replay it."""
+    KEPT = 4               # shapes; an attention cache has new ones in every block
+
+    def __init__(self, forward):
+        self.forward, self.records = forward, {}
+
+    def __call__(self, *args, **options):
+        targets = options.get("targets")
+        if torch.is_grad_enabled() or targets is not None and targets.numel():     # these wait for the GPU
+            return self.forward(*args, **options)
+        given, tree = pytree.tree_flatten((args, options))
+        shape = [(z.shape, z.dtype) if torch.is_tensor(z) else z for z in given]
+        shape = *options, *shape, torch.is_autocast_enabled("cuda")
+        known, record = shape in self.records, self.records.pop(shape, None)
+        record = self.records[shape] = record or (self.record(given, tree) if known else None)
+        if len(self.records) > self.KEPT:
+            del self.records[next(iter(self.records))]     # the one used least recently
+        if record is None:
+            return self.forward(*args, **options)
+        replay, kept, out = record
+        for z, new in zip(*(filter(torch.is_tensor, part) for part in (kept, given))):
+            z.copy_(new)
+        replay()
+        return pytree.tree_map_only(Tensor, torch.clone, out)
+
+    def record(self, given, tree):
+        """What replays a call, what it reads and what it writes."""
+        kept = [z.clone() if torch.is_tensor(z) else z for z in given]
+        args, options = pytree.tree_unflatten(kept, tree)
+        graph, on = torch.cuda.CUDAGraph(), torch.is_autocast_enabled("cuda")
+        with torch.cuda.graph(graph), torch.autocast("cuda", enabled=on, cache_enabled=False):
+            out = self.forward(*args, **options)       # no cache: what it keeps is gone before the replay
+        return graph.replay, kept, out
+
 def product_flops(device, dtype):
     """FLOP/s of a large product of matrices: what MFU is a share of."""
     n, seconds = 1024 if device.type == "cpu" else 8192, []
@@ -1589,8 +1626,7 @@ def tune_cpu():
     glibc hands large freed blocks back to the kernel, so that every step pays for fresh pages: keep them. MKL
     is slow at float32 products on AMD: allowing bf16 sends them to oneDNN, which still computes in float32
     where there is no bf16 matrix unit (AMX). A product tells; if it comes out rounded, the setting is taken
-    back.
-    """
+    back."""
     torch.set_flush_denormal(True)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD

@@ -10,8 +10,7 @@
     ... --mode=joint                                both from nothing (stage2: z from the prior, then text)
     ... --export=FILE.pth                           the network for programs that read official RWKV-7 files
     ... --html=denoise.html --svg=denoise.svg       a page and a picture that play the denoising
-    ... --watch=1                                   shows the denoising step by step
-"""
+    ... --watch=1                                   shows the denoising step by step"""
 from configurator import script
 
 if __name__ == "__main__":
@@ -96,8 +95,7 @@ def watcher(tokenizer, mask_id):
     def step(x, fresh, sure):
         line = ""
         for cell, i, new in zip(tokenizer.characters(x[0]), x[0].tolist(), fresh[0].tolist()):
-            colour = NEW if new else ""
-            line += paint(cell, MARK if i == mask_id else colour)
+            line += paint(cell, MARK if i == mask_id else NEW if new else "")
         print("  " + line, flush=True)
         time.sleep(watch_delay)
     return step if watch else None
@@ -367,9 +365,8 @@ def answer_task(model, objective, tokenizer, name, settings):
     y = fill(model, objective, tokenizer, x, lengths, ~masked)
     for row in zip(x, masked, y):
         print(data.side_by_side(tokenizer, *row) + "\n")
-    score = source.score(x, y, masked)
-    print(f"{name}: accuracy {score[f'{name}_acc']:.4f}, exact {score[f'{name}_exact']:.4f} of {num_samples} "
-          "rows")
+    got = source.score(x, y, masked)
+    print(f"{name}: accuracy {got[f'{name}_acc']:.4f}, exact {got[f'{name}_exact']:.4f} of {len(x)} rows")
 
 def write_text(model, objective, tokenizer, T, prompts):
     """Text after prompts, between a prompt and a suffix, or in holes."""
@@ -423,8 +420,8 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         raise ValueError(f"length={n} is more than seq_len={T} of this network: give at most that")
     draws = dict(temperature=temperature, guidance=guidance, steps=steps, eta=eta)
     texts = draws | dict(top_k=top_k, top_p=top_p, threshold=threshold)
-    x, masks = None, lambda rows: torch.full((rows, n), model.mask_id)
-    watch_all = lambda rows: watching(tokenizer, model.mask_id, masks(rows), masks(rows) != model.mask_id)
+    x, blank = None, lambda rows: torch.full((rows, n), model.mask_id)
+    watch_all = lambda rows: watching(tokenizer, model.mask_id, y := blank(rows), y != model.mask_id)
     if asked == "t2l":
         refuse("html svg", "plays texts, mode=t2l gives latents")
         given = [text] if text else prompts
@@ -435,9 +432,8 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         ids, lengths = (q if q is None else q.to(device) for q in padded(rows))
         z = diffusion.sample_latent_from_text(model, ids, g, diff, lengths=lengths, **draws)
     elif asked == "l2t":
-        projection = None
-        if "projection" in saved:
-            projection = data.Projection(*(q.numpy() for q in saved["projection"]))
+        kept = saved.get("projection")
+        projection = kept and data.Projection(*(q.numpy() for q in kept))
         z = read_latent(model, projection).repeat_interleave(num_samples, 0)
         texts |= dict(sampler=rule, clamp=clamp, watch=watch_all(len(z)))
         x = diffusion.sample_text_from_latent(model, z.to(device), n, g, diff, **texts)
@@ -446,9 +442,7 @@ def write_latents(model, objective, tokenizer, saved, T, prompts):
         x, z = diffusion.sample_joint(model, num_samples, n, g, diff, **texts)
     for row in [] if x is None else x.cpu().tolist():
         print("---\n" + body(tokenizer, row, [model.mask_id] * len(row), model.mask_id))
-    path, kind = out, "texts"
-    if x is None:
-        path, kind = out or "latent.npy", "latents"
+    path, kind = (out or "latent.npy", "latents") if x is None else (out, "texts")
     if html or svg:
         texts["watch"].finish(x.cpu(), f"{len(z)} texts ({asked}, {rule}), by {ckpt}", rule)
     where = f", latents {tuple(z.shape)} in {path}" if path else ""
@@ -482,6 +476,8 @@ def main(cfg):
     if export:
         return write_official(model, tokenizer)
     nets.keep_weights(model, weights)
+    if device.type == "cuda":
+        model.forward = nets.Replayed(model.forward)
     task = tasks.chosen(trained)
     kind = data.TaskSource if task else data.TextSource
     name = trained["objective"] or kind.objective

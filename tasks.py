@@ -5,8 +5,7 @@ Each task is one row of TASKS; nothing else in the repository knows a task's nam
     python tasks.py struct     prints that one
 
 Letters: B rows, T characters in a row, p a task's parameters. A character's id is its place in the task's
-alphabet; len(alphabet) is the mask, shown as "_". Rows are padded on the right with "#".
-"""
+alphabet; len(alphabet) is the mask, shown as "_". Rows are padded on the right with "#"."""
 import functools, itertools, random, re, sys, zlib
 from types import SimpleNamespace
 from typing import Callable, NamedTuple

@@ -2,8 +2,7 @@
 
     STRUCT_TASK=1 DW_JRT=1 python train.py
     DATA_PATH=input.txt python train.py
-    torchrun --nproc_per_node=2 train.py --data_path=input.txt   # --shard=1 where it does not fit one GPU
-"""
+    torchrun --nproc_per_node=2 train.py --data_path=input.txt   # --shard=1 where it does not fit one GPU"""
 from configurator import on_stop, script
 
 if __name__ == "__main__":
@@ -146,8 +145,7 @@ def start_path(cfg):
     return named.get(cfg.init_from, cfg.init_from)
 
 def check_settings(cfg, saved, world, resumed):
-    """What the settings must satisfy before anything is built, and long before anything is written.
-    """
+    """What the settings must satisfy before anything is built, and long before anything is written."""
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     micro = cfg.device_bsz or max(1, cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
@@ -418,8 +416,7 @@ def shard_over_processes(learner):
 
 def gather(state):
     """A nest of tensors with the sharded ones (DTensor) put together, on the CPU of every process."""
-    def whole(x):
-        return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+    whole = lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
     return torch.utils._pytree.tree_map(whole, state)
 
 def reshard_like(p, x):
@@ -556,9 +553,7 @@ def evaluate(run, step):
     """-> {"val_loss": ..., ...}, (target, masked, predicted) of a row to show."""
     cfg = run.cfg
     if run.source.kind == "task":
-        seed = cfg.struct_eval_seed
-        if not cfg.struct_eval_fixed:
-            seed = f"{seed} {step}"
+        seed = cfg.struct_eval_seed if cfg.struct_eval_fixed else f"{cfg.struct_eval_seed} {step}"
         rows = run.source.eval_rows(cfg.struct_eval_n, seed)
     else:
         rows = run.source.eval_rows(cfg.batch_size * cfg.eval_iters)

@@ -305,3 +305,48 @@ def test_official_weights_in_bf16_with_dw_jrt_on_top(tmp_path):
     seeded = from_pretrained(str(tmp_path / "x.pth"), dw_jrt=True, dw_jrt_alpha_init=-1.0)
     assert seeded.cfg.dw_jrt and seeded.blocks[1].att.jrt.alpha.eq(-1).all() and seeded.emb.weight.dtype == torch.float32
     assert torch.equal(seeded.blocks[1].att.key.weight, net.blocks[1].att.key.weight.bfloat16().float())
+
+
+class Again(nets.Replayed):
+    """Replayed where there is no GPU: a replay computes the call anew, out of and into the same memory."""
+    def record(self, given, tree):
+        kept = [z.clone() if torch.is_tensor(z) else z for z in given]
+        args, options = nets.pytree.tree_unflatten(kept, tree)
+        out = self.forward(*args, **options)
+        tensors = lambda z: [x for x in nets.pytree.tree_leaves(z) if torch.is_tensor(x)]
+        return lambda: [a.copy_(b) for a, b in zip(tensors(out), tensors(self.forward(*args, **options)))], kept, out
+
+
+@pytest.mark.parametrize("kind, device", [(Again, "cpu"), (nets.Replayed, "cuda")])
+@pytest.mark.parametrize("mixer", ["rwkv7", "attention"])
+def test_replayed_calls_give_what_plain_ones_give(mixer, kind, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    net = randomised(nets.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=9, mixer=mixer, direction="block",
+                                      block_size=4)).to(device).eval()
+    plain, replayed, kept = net.forward, kind(net.forward), []
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randint(10, (3, 8), generator=g).to(device)
+        lengths = torch.randint(1, 9, (3,), generator=g).to(device)
+        with torch.no_grad():
+            before = plain(x, finished_text=True).state
+            calls = [dict(), dict(lengths=lengths), dict(state=before), dict(finished_text=True, targets=x[:, :0])]
+            for options in calls:
+                kept.append((replayed(x, **options), plain(x, **options)))
+    assert len(replayed.records) == 4 and all(replayed.records.values())
+    for got, wanted in kept:               # none was overwritten by a later replay
+        for a, b in zip(*(nets.pytree.tree_leaves(z) for z in (got, wanted)), strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    assert replayed(x).logits.grad_fn is not None       # with gradients nothing is replayed
+    with torch.no_grad():
+        assert torch.equal(replayed(x, targets=x % 9).nats, plain(x, targets=x % 9).nats)
+        replayed(x[:, :4])
+    assert len(replayed.records) == 4 and list(replayed.records.values())[-1] is None
+
+
+def test_targets_of_no_tokens_leave_out_the_head():
+    net = randomised(nets.ModelConfig(n_layer=1, n_embd=32, head_size=16, vocab_size=9))
+    x = torch.randint(10, (2, 5))
+    out = net(x, targets=x[:, :0])
+    assert out.logits is None and out.nats is None and torch.equal(out.hidden, net(x).hidden)
