@@ -157,8 +157,8 @@ def shown(found, speed):
     b.legend()
     c.barh(list(speed), list(speed.values()))
     c.set(title="a denoising step at 512 tokens, ms")
-    words = ["", "_shuffled", "_no_latent"]
-    d.bar(["its own", "another's", "none"], [z[f"text_nats{word}"] for word in words])
-    d.set(title="text given a latent: nats per byte",
-          ylim=(0.95 * min(z[f"text_nats{word}"] for word in words), None))
+    words = ["text_nats", "text_nats_shuffled", "text_nats_no_latent"]
+    errors = [z[f"{word}_se"] or 0 for word in words]
+    d.errorbar(["its own", "another's", "none"], [z[word] for word in words], errors, fmt="o", capsize=6)
+    d.set(title="text given a latent: nats per byte", xlim=(-0.5, 2.5))
     save_figure("dashboard", figure)

@@ -13,8 +13,9 @@ PRESETS = {   # what stands behind `python train.py`: its options
     "config/rwkv_adamw.py": ["config/rwkv_adamw.py", "--struct_task=1", "--dw_jrt=1"],
     "config/published.py": ["config/published.py", "--struct_task=1", "--dw_jrt=1", "--dw_jrt_scale=20"],
     "config/shakespeare.py": ["config/shakespeare.py"], "config/block.py": ["config/block.py"],
-    "config/gaussian.py": ["config/gaussian.py"], "config/birwkv_llada.py": ["config/birwkv_llada.py"],
-    "config/latent.py": ["config/latent.py"]}
+    "config/gaussian.py": ["config/gaussian.py"],
+    "config/gaussian.py config/gaussian_evidence.py": ["config/gaussian.py", "config/gaussian_evidence.py"],
+    "config/birwkv_llada.py": ["config/birwkv_llada.py"], "config/latent.py": ["config/latent.py"]}
 REACHED = "struct_acc", "bits_per_char", "text_nats"
 
 def curves(name, folder):
