@@ -879,6 +879,7 @@ class Block(nn.Module):
 def norm(cfg):
     return NORMS[cfg.norm](cfg.n_embd, eps=1e-5)
 
+EVEN = 128                  # losses are taken of a multiple of so many tokens: oneDNN keeps kernels by size
 MOST_LOGITS = 1 << 25       # so many stand in memory at a time while a loss is computed, on a GPU 8 times
 
 class Denoiser(nn.Module):
@@ -1095,8 +1096,10 @@ class Denoiser(nn.Module):
         for a part of them at a time, MOST_LOGITS numbers, and once more for backward: all would be 1 GiB for
         4,096 tokens of 65,536."""
         where, n = targets >= 0, max(1, MOST_LOGITS * (8 if h.is_cuda else 1) // self.cfg.vocab_size)
-        parts = list(zip(h[where].split(n), targets[where].split(n)))
-        part = lambda h, ids: F.cross_entropy(self.logits(h), ids, reduction="none")
+        at = where.flatten().nonzero()[:, 0]
+        at = F.pad(at, (0, -len(at) % EVEN))               # the first row again, which is not scattered
+        parts = list(zip(*(z.flatten(0, 1).index_select(0, at).split(n) for z in (h, targets))))
+        part = lambda h, ids: F.cross_entropy(self.logits(h), ids, reduction="none", ignore_index=-1)
         if len(parts) > 1 and torch.is_grad_enabled():
             part = functools.partial(checkpoint, part, use_reentrant=False)
         nats = torch.cat([part(*z) for z in parts])

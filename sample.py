@@ -387,8 +387,7 @@ def write_text(model, objective, tokenizer, T, prompts):
 def read_latent(model, projection):
     """The file `latent` -> (n,D), projected if it holds what latents were projected from. ValueError for
     anything else."""
-    z, D = data.load_array(latent), model.cfg.latent_dim
-    z = z[None] if z.ndim == 1 else z
+    z, D = np.atleast_2d(data.load_array(latent)), model.cfg.latent_dim
     if z.ndim == 2 and projection and z.shape[1] == len(projection.mean) != D:
         z = projection(z)
     if z.ndim != 2 or z.shape[1] != D or z.dtype.kind != "f" or not np.isfinite(z).all():

@@ -138,11 +138,8 @@ def defaults_for(cfg):
 def start_path(cfg):
     """The checkpoint that a run starts from, "" for a fresh start."""
     own = os.path.join(cfg.out_dir, "ckpt.pt")
-    named = {"scratch": "", "resume": own}
-    if not cfg.train:
-        named["scratch"] = own
-        return cfg.weights_path or named.get(cfg.init_from, cfg.init_from)
-    return named.get(cfg.init_from, cfg.init_from)
+    named = {"scratch": own * (not cfg.train), "resume": own}
+    return not cfg.train and cfg.weights_path or named.get(cfg.init_from, cfg.init_from)
 
 def check_settings(cfg, saved, world, resumed):
     """What the settings must satisfy before anything is built, and long before anything is written."""
@@ -640,10 +637,9 @@ def header(cfg, model, optimizers, device):
     return {"event": "start", "parameters": sum(n for n, _ in sizes),
             "active": sum(n for n, learns in sizes if learns), "git": commit(),
             "training_bytes": training_bytes(model, optimizers), "vocab_size": model.cfg.vocab_size,
-            "torch": torch.__version__, "numpy": np.__version__,
-            "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(),
-            "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type),
-            "config": cfg.as_dict()}
+            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
+            "device": str(device), "threads": torch.get_num_threads(), "config": cfg.as_dict(),
+            "dtype": "bf16" if in_bf16(cfg, device) else "fp32", "kernel": wkv_cuda.backend(device.type)}
 
 def commit():
     """The commit of this code as git describes it, "none" where there is no git or no repository."""

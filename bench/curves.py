@@ -7,11 +7,6 @@ import os
 import bench
 from bench import from_file, pyplot, save_figure, table
 
-def at(curve, step):
-    """[[step, value]] -> the value at the step nearest to it, None if there is none within a tenth of it."""
-    near, value = min(curve, key=lambda point: abs(point[0] - step))
-    return value if abs(near - step) <= max(10, 0.1 * step) else None
-
 def references():
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presets.json")
     if not os.path.exists(here):
@@ -35,9 +30,9 @@ def suite():
     rows = {}
     for name, run in mine.items():
         same = [ref for ref in known.values() if ref["kind"] == run["kind"]]
-        normal = [at(ref["loss"], 100) for ref in same]
+        normal = [presets.at(ref["loss"], 100) for ref in same]
         normal = [f"{value:.2f}" for value in normal if value is not None]
-        value = at(run["loss"], 100)
+        value = presets.at(run["loss"], 100)
         rows[name] = dict(kind=run["kind"], first=run["loss"][0][1], lnV=math.log(run["vocab_size"]),
                           later="" if value is None else f"{value:.2f}", normal=" or ".join(normal),
                           last=f"{run['reached'].replace('_', ' ')} {run['evals'][-1][1]:.3f}",

@@ -35,6 +35,11 @@ def kind_of(config):
     tasks = [key for key, on in config.items() if key.endswith("_task") and on]
     return f"{config['objective'] or 'default'}, {tasks[0] if tasks else config['tokenizer']}"
 
+def at(curve, step):
+    """[[step, value]] -> the value at the step nearest to it, None if there is none within a tenth of it."""
+    near, value = min(curve, key=lambda point: abs(point[0] - step))
+    return value if abs(near - step) <= max(10, 0.1 * step) else None
+
 def suite():
     with tempfile.TemporaryDirectory() as work:
         pairs = os.path.join(work, "latents")
@@ -54,9 +59,10 @@ def suite():
 def shown(found):
     rows = {name: dict(steps=run["steps"], minutes=run["minutes"], MiB=run["memory_bytes"] / 2**20,
                        parameters=run["parameters"], first=run["loss"][0][1], lnV=math.log(run["vocab_size"]),
+                       at_100=at(run["loss"], 100) or math.nan,
                        reached=f"{run['reached'].replace('_', ' ')} {run['evals'][-1][1]:.3f}")
             for name, run in found.items()}
     table("presets",
-          "python train.py | parameters | steps | minutes | MiB | loss at step 0 | ln V | reaches",
-          "{parameters:.2M} | {steps} | {minutes:.1f} | {MiB:.0f} | {first:.2f} | {lnV:.2f} | {reached}",
-          rows)
+          "python train.py | parameters | steps | minutes | MiB | loss at step 0 | ln V | at 100 | reaches",
+          "{parameters:.2M} | {steps} | {minutes:.1f} | {MiB:.0f} | {first:.2f} | {lnV:.2f} | {at_100:.2f} | "
+          "{reached}", rows)

@@ -350,3 +350,15 @@ def test_targets_of_no_tokens_leave_out_the_head():
     x = torch.randint(10, (2, 5))
     out = net(x, targets=x[:, :0])
     assert out.logits is None and out.nats is None and torch.equal(out.hidden, net(x).hidden)
+
+
+def test_losses_of_many_numbers_of_tokens_have_few_sizes(monkeypatch):
+    net, sizes = randomised(nets.ModelConfig(n_layer=1, n_embd=32, head_size=16, vocab_size=9)), []
+    x, logits = torch.randint(10, (3, 90)), net.logits
+    wanted = torch.nn.functional.cross_entropy(net(x).logits.flatten(0, 1), x.flatten() % 9, reduction="none").view(3, 90)
+    monkeypatch.setattr(net, "logits", lambda h: (sizes.append(len(h)), logits(h))[1])
+    for n in (1, 127, 128, 129, 270):
+        asked = torch.zeros(270).index_fill(0, torch.randperm(270)[:n], 1).view(3, 90) > 0
+        nats = net(x, targets=(x % 9).masked_fill(~asked, -1)).nats
+        assert torch.allclose(nats, wanted * asked, atol=1e-5)
+    assert sizes == [128, 128, 128, 256, 384]

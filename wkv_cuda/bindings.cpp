@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <string>
+#include <algorithm>
+#include <cstring>
+#include <iterator>
 #include <vector>
 #include "kernels.h"
 
@@ -20,17 +22,22 @@ constexpr struct { const char* name; void (*kernel)(const Call&); } KERNELS[] =
 constexpr auto& KERNELS = CPU_KERNELS;
 #endif
 
-// An empty tensor stands for None.
-void run(std::string name, std::vector<int64_t> numbers, double eps,
+// An empty tensor stands for None. The name comes as a handle, which is to be freed: torch's conversion to
+// std::string (2.10 to 2.13) loses 32 bytes a call, and such holes kept the heap from ever being whole again.
+void run(StringHandle name, std::vector<int64_t> numbers, double eps,
          std::vector<torch::stable::Tensor> tensors) {
+  const char* text;
+  STD_TORCH_CHECK(!torch_string_c_str(name, &text), "a name cannot be read");
+  const auto row = std::find_if(std::begin(KERNELS), std::end(KERNELS),
+                                [&](const auto& row) { return !std::strcmp(text, row.name); });
+  torch_delete_string(name);
+  STD_TORCH_CHECK(row != std::end(KERNELS), "there is no kernel of this name");
   Call call{numbers.data(), eps, {}, {}};
   for (const auto& x : tensors) {
     call.buffers.push_back(x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr);
     call.half.push_back(x.scalar_type() == torch::headeronly::ScalarType::BFloat16);
   }
-  for (const auto& row : KERNELS)
-    if (name == row.name) return row.kernel(call);
-  STD_TORCH_CHECK(false, "there is no kernel of this name");
+  row->kernel(call);
 }
 
 }  // namespace
