@@ -148,11 +148,11 @@ def test_logs_are_set_beside_those_of_presets(tmp_path, run, monkeypatch):
     train = [dict(event="train", step=step, loss=loss, ms_per_step=60.0, memory_bytes=2**20) for step, loss in ((0, 2.25), (99, 1.5))]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (start, *train, dict(event="eval", step=100, struct_acc=0.75))))
-    found = bench.from_file("presets").curves("", str(tmp_path / "mine"))
+    presets = bench.from_file("presets")
+    found = presets.curves("", str(tmp_path / "mine"))
     assert found["loss"] == [[0, 2.25], [99, 1.5]] and found["evals"] == [[100, 0.75]] and found["reached"] == "struct_acc"
     assert found["minutes"] == pytest.approx(100 * 60 / 60e3) and found["kind"] == "default, struct_task" and found["steps"] == 100
-    curves = bench.from_file("curves")
-    assert bench.from_file("presets").at(found["loss"], 100) == 1.5 and curves.at(found["loss"], 50) is None
+    assert presets.at(found["loss"], 100) == 1.5 and presets.at(found["loss"], 50) is None
     said = ok(run("bench.py", "--suite=curves", "mine/log.jsonl", "--out=there"))
     assert "mine" in said and "2.30" in said and "1.50" in said and "struct acc 0.750" in said                # ln 10
     for words, options in (("no log: give some", []), ("is not a log of train.py", ["none/log.jsonl"])):
