@@ -23,7 +23,7 @@ constexpr auto& KERNELS = CPU_KERNELS;
 #endif
 
 // An empty tensor stands for None. The name comes as a handle, which is to be freed: torch's conversion to
-// std::string (2.10 to 2.13) loses 32 bytes a call, and such holes kept the heap from ever being whole again.
+// std::string (2.11, 2.13) loses 32 bytes a call, and such holes kept the heap from ever being whole again.
 void run(StringHandle name, std::vector<int64_t> numbers, double eps,
          std::vector<torch::stable::Tensor> tensors) {
   const char* text;
