@@ -1597,6 +1597,9 @@ def peak_memory(device):
     """Bytes that this process has taken at most: of the GPU, else of the machine; 0 where nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):                # getrusage counts what was before exec, too
+        with open("/proc/self/status") as f:
+            return 1024 * sum(map(int, re.findall(r"VmHWM:\s+(\d+)", f.read())))
     try:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

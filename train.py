@@ -276,8 +276,7 @@ def in_json(x):
     return x
 
 class Stop:
-    """Ctrl-C and SIGTERM while training: the first asks for an end after the step at hand, a second one ends
-    at once."""
+    """Ctrl-C and SIGTERM while training: the first asks for an end after the step, a second ends at once."""
 
     def __init__(self):
         self.code = 0
